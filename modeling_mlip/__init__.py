@@ -1,0 +1,52 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""MLIP (arXiv 2406.01460) for Transformers. Importing it makes the Auto classes know `model_type` "mlip"."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
+
+from .configuration_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
+from .modeling_mlip import (
+    MLIPForImageClassification,
+    MLIPModel,
+    MLIPPreTrainedModel,
+    MLIPTextModel,
+    MLIPTextModelWithProjection,
+    MLIPVisionModel,
+    MLIPVisionModelWithProjection,
+)
+
+for _config, _model in ((MLIPConfig, MLIPModel), (MLIPTextConfig, MLIPTextModel), (MLIPVisionConfig, MLIPVisionModel)):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+AutoModelForZeroShotImageClassification.register(MLIPConfig, MLIPModel)
+AutoModelForImageClassification.register(MLIPConfig, MLIPForImageClassification)
+AutoTokenizer.register(MLIPConfig, tokenizer_class=CLIPTokenizer)
+AutoImageProcessor.register(MLIPConfig, CLIPImageProcessor)
+AutoProcessor.register(MLIPConfig, CLIPProcessor)
+
+# What is saved carries these files, so that it loads where this package is not installed.
+MLIPConfig.register_for_auto_class()
+MLIPModel.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "MLIPConfig",
+    "MLIPForImageClassification",
+    "MLIPModel",
+    "MLIPPreTrainedModel",
+    "MLIPTextConfig",
+    "MLIPTextModel",
+    "MLIPTextModelWithProjection",
+    "MLIPVisionConfig",
+    "MLIPVisionModel",
+    "MLIPVisionModelWithProjection",
+]

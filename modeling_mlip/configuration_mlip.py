@@ -1,0 +1,209 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Configurations of MLIP (arXiv 2406.01460): everything that changes the mathematics, each default once.
+
+They extend transformers' CLIP configurations, so every CLIP key keeps its name, its meaning and its default.
+"""
+
+import copy
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
+MERGE_METHODS = ("mlip", "tome")
+# Vision keys that MLIPConfig takes and shows as its own; their one home is the vision config.
+VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers")
+
+
+@strict
+class MLIPTextConfig(CLIPTextConfig):
+    r"""Text tower: CLIP's, with three keys that some OpenCLIP checkpoints need.
+
+    Args:
+        pooling: `"eos"` takes the state at the first `eos_token_id`; `"last"` the one at the last position, after
+            padding the ids to `max_position_embeddings` (CLIPA).
+        use_causal_mask: `False` lets every token see every other, padding included, as CLIPA was trained.
+        layer_scale_init_value: start of a learned per-channel scale on both residual branches; `None` leaves it out.
+
+    Source: the keys of CLIP are described in `transformers.CLIPTextConfig`.
+    """
+
+    model_type = "mlip_text_model"
+    base_config_key = "text_config"
+
+    pooling: str = "eos"
+    use_causal_mask: bool = True
+    layer_scale_init_value: float | None = None
+
+    def validate_pooling(self):
+        _validate_choice("pooling", self.pooling, ("eos", "last"))
+
+
+@strict
+class MLIPVisionConfig(CLIPVisionConfig):
+    r"""Vision tower: CLIP's, with a frequency stage and token merging.
+
+    Args:
+        merge_ratio: share of the patch tokens that is gone after the last layer, `0 <= merge_ratio < 1`, for any image
+            size. 0 gives exactly the unmerged tower.
+        merge_layers: layers (counted from 0) between whose attention and MLP tokens merge. `None`: three stages spread
+            over the depth.
+        merge_method: `"mlip"` (similarity in both domains, guided by importance) or `"tome"` (Bolya et al. 2023,
+            arXiv 2210.09461: attention keys alone).
+        merge_importance_weight: what one standard deviation of importance counts against cosine similarity when pairs
+            are ranked; 0 leaves the guide out.
+        frequency_layers: blocks of the frequency stage; 0 removes it.
+        frequency_hidden_size: its width; `None` is half of `hidden_size`.
+        pooling: `"class"` takes the class token; `"mean"` the mean over patch tokens, weighted by size (CLIPA).
+        use_pre_layernorm: `False` leaves out the LayerNorm before the encoder (CLIPA).
+        layer_scale_init_value: start of a learned per-channel scale on both residual branches; `None` leaves it out.
+
+    Source: MLIP, arXiv 2406.01460; the keys of CLIP are described in `transformers.CLIPVisionConfig`.
+    """
+
+    model_type = "mlip_vision_model"
+    base_config_key = "vision_config"
+
+    merge_ratio: float | int = 0.0
+    merge_layers: list[int] | None = None
+    merge_method: str = "mlip"
+    merge_importance_weight: float | int = 0.1
+    frequency_layers: int = 2
+    frequency_hidden_size: int | None = None
+    pooling: str = "class"
+    use_pre_layernorm: bool = True
+    layer_scale_init_value: float | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.frequency_hidden_size is None:
+            self.frequency_hidden_size = self.hidden_size // 2
+        super().__post_init__(**kwargs)
+
+    @property
+    def resolved_merge_layers(self) -> list[int]:
+        """Where tokens merge: `merge_layers`, or a quarter, a half and three quarters of the depth."""
+        if self.merge_layers is not None:
+            return sorted(self.merge_layers)
+        return sorted({self.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3)})
+
+    def validate_merging(self):
+        if not 0 <= self.merge_ratio < 1:
+            raise ValueError(
+                f"merge_ratio={self.merge_ratio} is not a share of tokens: choose 0 <= merge_ratio < 1, "
+                "for example 0.5 to merge half of the patch tokens away."
+            )
+        _validate_choice("merge_method", self.merge_method, MERGE_METHODS)
+        for layer in self.merge_layers if self.merge_layers is not None else []:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise ValueError(
+                    f"merge_layers={self.merge_layers}: layer {layer} does not exist; with "
+                    f"num_hidden_layers={self.num_hidden_layers} choose from 0 to {self.num_hidden_layers - 1}."
+                )
+        if self.merge_layers is not None and len(set(self.merge_layers)) < max(len(self.merge_layers), 1):
+            raise ValueError(f"merge_layers={self.merge_layers}: name at least one layer, and each once.")
+
+    def validate_geometry(self):
+        for name in ("image_size", "patch_size"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r}: MLIP takes square images and patches, one integer.")
+        if self.image_size % self.patch_size:
+            below = self.image_size // self.patch_size * self.patch_size
+            raise ValueError(
+                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}; "
+                f"the nearest sizes that are: {[size for size in (below, below + self.patch_size) if size]}."
+            )
+        _validate_choice("pooling", self.pooling, ("class", "mean"))
+        if self.frequency_layers < 0:
+            raise ValueError(f"frequency_layers={self.frequency_layers}: choose 0 (no frequency stage) or more.")
+
+
+@strict
+class MLIPConfig(PreTrainedConfig):
+    r"""Both towers and the losses.
+
+    Args:
+        text_config: `MLIPTextConfig`, or a dictionary of its keys.
+        vision_config: `MLIPVisionConfig`, or a dictionary of its keys. `merge_ratio`, `merge_layers`, `merge_method`
+            and `frequency_layers` may also be given to, read from and set on this config, which hands them on.
+        projection_dim: width of the space that both towers share.
+        logit_scale_init_value: start of the three temperatures, log(1/0.07).
+        initializer_factor: scales the standard deviation of all initial weights.
+        frequency_loss_weight: weight of InfoNCE between the frequency embedding and the caption; 0 leaves it out.
+        token_loss_weight: weight of the token-level loss; 0 leaves it out.
+        token_loss_frequency: whether the tokens of the token-level loss contain the frequency features.
+
+    Example:
+
+    ```python
+    >>> from modeling_mlip import MLIPConfig, MLIPModel
+
+    >>> config = MLIPConfig(merge_ratio=0.5)
+    >>> config.vision_config.merge_ratio
+    0.5
+    >>> model = MLIPModel(config)
+    ```"""
+
+    model_type = "mlip"
+    sub_configs_defaults = {"vision_config": MLIPVisionConfig, "text_config": MLIPTextConfig}
+
+    text_config: dict | MLIPTextConfig | None = None
+    vision_config: dict | MLIPVisionConfig | None = None
+    projection_dim: int = 512
+    logit_scale_init_value: float | int = 2.6592
+    initializer_factor: float = 1.0
+    frequency_loss_weight: float | int = 0.5
+    token_loss_weight: float | int = 0.5
+    token_loss_frequency: bool = True
+
+    def __post_init__(self, **kwargs):
+        shortcuts = {key: kwargs.pop(key) for key in VISION_SHORTCUTS if key in kwargs}
+        if shortcuts:
+            vision = self.vision_config
+            vision = vision.to_dict() if isinstance(vision, PreTrainedConfig) else copy.copy(vision or {})
+            self.vision_config = {**vision, **shortcuts}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_clip_config(cls, clip_config: CLIPConfig, **overrides) -> "MLIPConfig":
+        """The same model as an MLIP one, with this class's defaults for what CLIP does not have."""
+        text, vision = clip_config.text_config.to_dict(), clip_config.vision_config.to_dict()
+        if text["eos_token_id"] == 2:  # a mistake in early configurations, which CLIP models make up for by argmax
+            text["eos_token_id"], text["bos_token_id"] = text["vocab_size"] - 1, text["vocab_size"] - 2
+        for tower in (text, vision):
+            tower.pop("model_type")
+        return cls(
+            text_config=text,
+            vision_config=vision,
+            projection_dim=clip_config.projection_dim,
+            **overrides,
+        )
+
+    def validate_losses(self):
+        for name in ("frequency_loss_weight", "token_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 0 (loss left out) or a positive weight.")
+
+
+def _vision_shortcut(key: str) -> property:
+    def get(self):
+        return getattr(self.vision_config, key)
+
+    def set(self, value):
+        changed = copy.copy(self.vision_config)
+        setattr(changed, key, value)
+        changed.validate()  # before the change, so that a refused value leaves the config as it was
+        setattr(self.vision_config, key, value)
+
+    return property(get, set)
+
+
+for _key in VISION_SHORTCUTS:
+    setattr(MLIPConfig, _key, _vision_shortcut(_key))
+
+
+def _validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+
+__all__ = ["MLIPConfig", "MLIPTextConfig", "MLIPVisionConfig"]

@@ -1,0 +1,64 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Spatial grid -> frequency -> spatial grid, as pure functions.
+
+The global filter follows GFNet (Rao et al. 2021, arXiv 2107.00645, equations 4 to 6): multiplication in the half
+spectrum of a real grid. Axes: B images, H x W patches, C channels.
+"""
+
+import torch
+from torch import nn
+
+
+def half_spectrum_shape(height: int, width: int) -> tuple[int, int]:
+    """Shape `(height, width // 2 + 1)` of the half spectrum that describes a real `height x width` grid."""
+    return height, width // 2 + 1
+
+
+def apply_spectral_filter(patches: torch.Tensor, spectral_filter: torch.Tensor) -> torch.Tensor:
+    """Multiplies every frequency of every channel by its own complex number: irfft2(K * rfft2(patches)).
+
+    Args:
+        patches: `(B, H, W, C)`.
+        spectral_filter: K as real pairs, `(H, W // 2 + 1, C, 2)`. All ones in the real part is the identity.
+
+    Returns:
+        `(B, H, W, C)` in the dtype of `patches`; computed in at least float32, because FFTs reject half precision.
+    """
+    height, width = patches.shape[1:3]
+    # Spectra are computed with autocast off: neither FFTs nor complex products know half precision.
+    with torch.autocast(device_type=patches.device.type, enabled=False):
+        compute_dtype = torch.promote_types(patches.dtype, torch.float32)
+        spectrum = torch.fft.rfft2(patches.to(compute_dtype), dim=(1, 2), norm="ortho")  # (B, H, W//2+1, C)
+        spectrum = spectrum * torch.view_as_complex(spectral_filter.to(compute_dtype).contiguous())
+        filtered = torch.fft.irfft2(spectrum, s=(height, width), dim=(1, 2), norm="ortho")  # (B, H, W, C)
+    return filtered.to(patches.dtype)
+
+
+def resize_spectral_filter(spectral_filter: torch.Tensor, size: tuple[int, int], width: int) -> torch.Tensor:
+    """Reads a filter off at the frequencies of another grid, linearly between its own (in cycles per patch).
+
+    Args:
+        spectral_filter: `(H, W // 2 + 1, C, 2)`, made for a grid of `H x width` patches.
+        size: `(new_height, new_width)` of the other grid, in patches.
+        width: W, which the half spectrum alone does not tell.
+
+    Returns:
+        `(new_height, new_width // 2 + 1, C, 2)`; the filter itself when the grid is the same.
+    """
+    height, half, channels, _ = spectral_filter.shape
+    new_height, new_width = size
+    if (new_height, new_width) == (height, width):
+        return spectral_filter
+    dtype = torch.promote_types(spectral_filter.dtype, torch.float32)
+    device = spectral_filter.device
+    # Rows run 0, 1, ..., -1: put the frequencies in ascending order before interpolating between neighbours.
+    ascending = torch.fft.fftshift(spectral_filter.to(dtype), dim=0).flatten(2).permute(2, 0, 1)  # (2C, H, W//2+1)
+    rows = torch.fft.fftfreq(new_height, device=device, dtype=dtype) * height + height // 2
+    columns = torch.fft.rfftfreq(new_width, device=device, dtype=dtype) * width
+    # grid_sample counts positions from -1 (first) to 1 (last), x before y.
+    y = rows / max(height - 1, 1) * 2 - 1
+    x = columns / max(half - 1, 1) * 2 - 1
+    grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)[None]  # (1, H', W'//2+1, 2)
+    resized = nn.functional.grid_sample(ascending[None], grid, padding_mode="border", align_corners=True)[0]
+    resized = resized.permute(1, 2, 0).unflatten(2, (channels, 2))  # (H', W'//2+1, C, 2)
+    return resized.to(spectral_filter.dtype)

@@ -1,0 +1,216 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""The losses of MLIP, as pure functions that return named parts.
+
+Every function takes its own rows against all columns, so that a process of several can compute its share of one large
+contrastive batch; with one process both are the batch. Axes: I images, T captions, M image tokens, L caption tokens,
+P width of the shared space.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+MAX_LOGIT_SCALE = math.log(100.0)
+# Similarities of token pairs held at a time: 2**24 of them take 64 MiB in float32.
+MAX_BLOCK_ELEMENTS = 2**24
+
+
+def caption_keys(input_ids: torch.Tensor, caption_mask: torch.Tensor) -> torch.Tensor:
+    """A 64-bit key for each caption, equal where captions are equal, whatever their padding.
+
+    Args:
+        input_ids: `(T, L)`.
+        caption_mask: `(T, L)` bool, False at padding.
+
+    Returns:
+        `(T,)` int64. Different captions collide with a probability of about 2**-64 for a pair.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    # A random-looking number for each (token, position), in wrapping 64-bit integers; their sum describes the caption.
+    mixed = (input_ids + 1) * 0x5851F42D4C957F2D + (positions + 1) * 0x14057B7EF767814F
+    for _ in range(2):
+        mixed = (mixed ^ (mixed >> 29)) * 0x5851F42D4C957F2D
+    return (mixed ^ (mixed >> 32)).masked_fill(~caption_mask, 0).sum(dim=1)
+
+
+def positive_targets(row_keys: list[torch.Tensor], column_keys: list[torch.Tensor]) -> torch.Tensor:
+    """Soft targets: a row's positives are the columns that share any of its keys, with equal weight.
+
+    Args:
+        row_keys: one `(R,)` for each kind of key (caption, image).
+        column_keys: one `(C,)` for each kind; every row has an equal among them.
+
+    Returns:
+        `(R, C)` float32, rows sum to 1.
+    """
+    equal = [rows[:, None] == columns[None, :] for rows, columns in zip(row_keys, column_keys, strict=True)]
+    positives = torch.stack(equal).any(dim=0).float()
+    return positives / positives.sum(dim=1, keepdim=True)
+
+
+def info_nce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of `logits` `(R, C)` against soft `targets` `(R, C)`, in at least float32; a scalar."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -(targets.to(logits.dtype) * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def temperature(logit_scale: torch.Tensor) -> torch.Tensor:
+    """exp of the learned scale, at most 100 (Radford et al. 2021, arXiv 2103.00020, section 2.5)."""
+    return logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
+
+def instance_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    targets: torch.Tensor,
+    all_image_embeds: torch.Tensor | None = None,
+    all_text_embeds: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Symmetric InfoNCE.
+
+    Args:
+        image_embeds: `(R, P)`, normalised: the images of this process.
+        text_embeds: `(R, P)`, normalised: their captions.
+        logit_scale: log of the inverse temperature.
+        targets: `(R, C)`, from `positive_targets`.
+        all_image_embeds: `(C, P)`, those of all processes; `None`: the rows are all there is.
+        all_text_embeds: `(C, P)`, likewise.
+
+    Returns:
+        A scalar: the mean of image -> text and text -> image over the rows.
+    """
+    scale = temperature(logit_scale)
+    image_columns = image_embeds if all_image_embeds is None else all_image_embeds
+    text_columns = text_embeds if all_text_embeds is None else all_text_embeds
+    image_to_text = info_nce(scale * image_embeds @ text_columns.t(), targets)
+    text_to_image = info_nce(scale * text_embeds @ image_columns.t(), targets)
+    return (image_to_text + text_to_image) / 2
+
+
+def token_scores(
+    image_tokens: torch.Tensor,
+    image_weights: torch.Tensor,
+    text_tokens: torch.Tensor,
+    text_mask: torch.Tensor,
+    max_block_elements: int = MAX_BLOCK_ELEMENTS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Late interaction (FILIP, Yao et al. 2022, arXiv 2111.07783, equations 4 and 5), image side weighted by size.
+
+    The `I x M x T x L` similarities are computed block by block and computed again in backward, so that memory is
+    bounded by a few blocks besides the tokens and their gradients.
+
+    Args:
+        image_tokens: `(I, M, P)`, normalised.
+        image_weights: `(I, M)`, rows sum to 1.
+        text_tokens: `(T, L, P)`, normalised.
+        text_mask: `(T, L)` bool, False at tokens that do not count; at least one True in each row.
+        max_block_elements: largest block.
+
+    Returns:
+        Two `(I, T)`: the weighted mean over image tokens of the best caption token, and the mean over caption tokens
+        of the best image token.
+    """
+    I, M, _ = image_tokens.shape
+    T, L, _ = text_tokens.shape
+    if max_block_elements >= I * M * T * L:
+        return _block_scores(image_tokens, image_weights, text_tokens, text_mask)
+    # Blocks about as tall as they are wide: the fewest tokens for their similarities.
+    side = max(math.isqrt(max_block_elements), 1)
+    images, captions = max(side // M, 1), max(side // L, 1)
+    text_blocks = list(zip(text_tokens.split(captions), text_mask.split(captions), strict=True))
+    rows = []
+    for tokens, weights in zip(image_tokens.split(images), image_weights.split(images), strict=True):
+        row = [
+            checkpoint(_block_scores, tokens, weights, *block, use_reentrant=False, preserve_rng_state=False)
+            for block in text_blocks
+        ]
+        rows.append([torch.cat(scores, dim=1) for scores in zip(*row, strict=True)])
+    by_image, by_text = (torch.cat(scores, dim=0) for scores in zip(*rows, strict=True))
+    return by_image, by_text
+
+
+def _block_scores(
+    image_tokens: torch.Tensor, image_weights: torch.Tensor, text_tokens: torch.Tensor, text_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    I, M, _ = image_tokens.shape
+    T, L, _ = text_tokens.shape
+    similarity = (image_tokens.flatten(0, 1) @ text_tokens.flatten(0, 1).t()).view(I, M, T, L)
+    # The best image token needs no mask: a caption token that does not count has weight 0 in the mean.
+    best_image = similarity.max(dim=1).values  # (I, T, L)
+    best_text = similarity.masked_fill_(~text_mask, -torch.inf).max(dim=3).values  # (I, M, T)
+    text_weights = text_mask.to(similarity.dtype) / text_mask.sum(dim=1, keepdim=True)
+    by_image = torch.einsum("imt,im->it", best_text, image_weights.to(similarity.dtype))
+    by_text = torch.einsum("itl,tl->it", best_image, text_weights)
+    return by_image, by_text
+
+
+def token_loss(
+    by_image: torch.Tensor, by_text: torch.Tensor, logit_scale: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """InfoNCE over the scores of `token_scores`: images choose among captions, captions among images.
+
+    Args:
+        by_image: `(R, C)`, rows of this process's images against all captions.
+        by_text: `(C, R)`, all images against this process's captions.
+        logit_scale: log of the inverse temperature.
+        targets: `(R, C)`, from `positive_targets`.
+
+    Returns:
+        A scalar.
+    """
+    scale = temperature(logit_scale)
+    return (info_nce(scale * by_image, targets) + info_nce(scale * by_text.t(), targets)) / 2
+
+
+class TokenEmbeddings(NamedTuple):
+    """What the token-level loss needs, see `token_scores`."""
+
+    image_tokens: torch.Tensor  # (R, M, P)
+    image_weights: torch.Tensor  # (R, M), rows sum to 1
+    text_tokens: torch.Tensor  # (R, L, P)
+    text_mask: torch.Tensor  # (R, L) bool
+
+
+class PairEmbeddings(NamedTuple):
+    """What the losses need of a batch of image-caption pairs; everything is normalised where it is an embedding."""
+
+    image_embeds: torch.Tensor  # (R, P)
+    text_embeds: torch.Tensor  # (R, P)
+    caption_keys: torch.Tensor  # (R,) int64, see `caption_keys`
+    image_keys: torch.Tensor | None = None  # (R,) int64, equal for equal images
+    frequency_embeds: torch.Tensor | None = None  # (R, P)
+    tokens: TokenEmbeddings | None = None
+
+
+def multi_level_loss(
+    pairs: PairEmbeddings,
+    logit_scale: torch.Tensor,
+    frequency_logit_scale: torch.Tensor | None = None,
+    token_logit_scale: torch.Tensor | None = None,
+    frequency_loss_weight: float = 0.0,
+    token_loss_weight: float = 0.0,
+) -> dict[str, torch.Tensor]:
+    """The three losses of MLIP on one batch and their weighted sum; a level whose inputs are None is left out.
+
+    Returns:
+        Scalars: `spatial_loss`, `frequency_loss` and `token_loss` where computed, and `loss`.
+    """
+    keys = [pairs.caption_keys] if pairs.image_keys is None else [pairs.caption_keys, pairs.image_keys]
+    targets = positive_targets(keys, keys)
+    # Step (1): instance level, spatial domain
+    parts = {"spatial_loss": instance_loss(pairs.image_embeds, pairs.text_embeds, logit_scale, targets)}
+    loss = parts["spatial_loss"]
+    # Step (2): instance level, frequency domain
+    if pairs.frequency_embeds is not None and frequency_logit_scale is not None:
+        parts["frequency_loss"] = instance_loss(
+            pairs.frequency_embeds, pairs.text_embeds, frequency_logit_scale, targets
+        )
+        loss = loss + frequency_loss_weight * parts["frequency_loss"]
+    # Step (3): token level, both domains
+    if pairs.tokens is not None and token_logit_scale is not None:
+        parts["token_loss"] = token_loss(*token_scores(*pairs.tokens), token_logit_scale, targets)
+        loss = loss + token_loss_weight * parts["token_loss"]
+    return {**parts, "loss": loss}

@@ -1,0 +1,935 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""MLIP (arXiv 2406.01460) as a Transformers model: CLIP with a frequency stage, token merging and three losses.
+
+The mathematics lives in `frequency.py`, `token_merging.py` and `losses.py`; modules here are thin shells around it.
+Parameter names follow transformers' CLIP, so that CLIP weights load by name, and with the frequency gate at zero and
+`merge_ratio=0` the tower is CLIP. Axes: B images, N patches, M tokens left, D width, F width of the frequency stage,
+P width of the shared space, T captions, L caption tokens, h heads, d width of a head.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import (
+    CLIPAttention,
+    CLIPEncoder,
+    CLIPEncoderLayer,
+    CLIPPreTrainedModel,
+    CLIPTextEmbeddings,
+    CLIPTextModelOutput,
+    CLIPVisionEmbeddings,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
+from .frequency import apply_spectral_filter, half_spectrum_shape, resize_spectral_filter
+from .losses import PairEmbeddings, TokenEmbeddings, caption_keys, multi_level_loss
+from .token_merging import (
+    compose,
+    joint_similarity_features,
+    match_tokens,
+    merge_schedule,
+    merge_sizes,
+    merge_tokens,
+    z_score,
+)
+
+# The MLP of a frequency block widens by this much: with more, two blocks cost over 3 % of a ViT-B/16.
+FREQUENCY_MLP_RATIO = 2
+
+
+# Outputs
+
+
+@dataclass
+class MLIPVisionOutput(BaseModelOutputWithPooling):
+    r"""Output of the vision tower.
+
+    Args:
+        last_hidden_state: `(B, 1 + M, D)`, the class token and the tokens that are left.
+        pooler_output: `(B, D)`, or `(B, P)` from `get_image_features`.
+        frequency_hidden_state: `(B, M, F)`, frequency features of the tokens that are left; `None` without the stage.
+        frequency_pooler_output: `(B, F)`, pooled over all patches.
+        token_sizes: `(B, M)` float32, the number of patches in each token.
+        token_map: `(B, N)` int64, patch -> token, with `output_token_map=True`.
+        hidden_states: layers + 1 tensors `(B, 1 + tokens, D)`; their length follows the merging.
+        attentions: a tensor `(B, h, 1 + tokens, 1 + tokens)` for each layer, as long as the layer's input.
+    """
+
+    frequency_hidden_state: torch.Tensor | None = None
+    frequency_pooler_output: torch.Tensor | None = None
+    token_sizes: torch.Tensor | None = None
+    token_map: torch.Tensor | None = None
+
+
+@dataclass
+class MLIPVisionModelOutput(ModelOutput):
+    r"""Output of `MLIPVisionModelWithProjection`: `image_embeds` `(B, P)`, and the fields of `MLIPVisionOutput`."""
+
+    image_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    token_sizes: torch.Tensor | None = None
+    token_map: torch.Tensor | None = None
+
+
+@dataclass
+class MLIPOutput(ModelOutput):
+    r"""Output of `MLIPModel`.
+
+    Args:
+        loss: scalar, with `return_loss=True`: the weighted sum of the parts that follow.
+        spatial_loss: scalar, InfoNCE of image and text embeddings.
+        frequency_loss: scalar, InfoNCE of frequency and text embeddings.
+        token_loss: scalar, InfoNCE of token-level scores.
+        logits_per_image: `(B, T)`, scaled cosine similarities.
+        logits_per_text: `(T, B)`, the same, transposed.
+        text_embeds: `(T, P)`, normalised.
+        image_embeds: `(B, P)`, normalised.
+        frequency_embeds: `(B, P)`, normalised; `None` without a frequency loss.
+        pairs: `losses.PairEmbeddings`, all that the losses need of this batch, with `return_pairs=True`.
+        text_model_output: output of the text tower.
+        vision_model_output: output of the vision tower.
+    """
+
+    loss: torch.Tensor | None = None
+    spatial_loss: torch.Tensor | None = None
+    frequency_loss: torch.Tensor | None = None
+    token_loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    frequency_embeds: torch.Tensor | None = None
+    pairs: PairEmbeddings | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: MLIPVisionOutput | None = None
+
+    def to_tuple(self) -> tuple[Any]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+# Frequency stage
+
+
+class MLIPFrequencyBlock(nn.Module):
+    """F <- F + irfft2(K * rfft2(LN(F))), F <- F + MLP(LN(F))."""
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__()
+        size, side = config.frequency_hidden_size, config.image_size // config.patch_size
+        self.config = config
+        self.layer_norm1 = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        # K as real pairs: a complex parameter would ignore `.half()`.
+        self.spectral_filter = nn.Parameter(torch.empty(*half_spectrum_shape(side, side), size, 2))
+        self.layer_norm2 = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(size, FREQUENCY_MLP_RATIO * size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(FREQUENCY_MLP_RATIO * size, size)
+
+    def forward(self, states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        side = self.config.image_size // self.config.patch_size
+        spectral_filter = resize_spectral_filter(self.spectral_filter, grid, width=side)
+        patches = self.layer_norm1(states).unflatten(1, grid)  # (B, N, F) -> (B, H, W, F)
+        states = states + apply_spectral_filter(patches, spectral_filter).flatten(1, 2)
+        return states + self.fc2(self.activation_fn(self.fc1(self.layer_norm2(states))))
+
+
+class MLIPFrequencyStage(nn.Module):
+    """The frequency domain beside the spatial stream, which it enters through a gate that starts at zero."""
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__()
+        self.config = config
+        size = config.frequency_hidden_size
+        self.input_projection = nn.Linear(config.hidden_size, size)
+        self.layers = nn.ModuleList([MLIPFrequencyBlock(config) for _ in range(config.frequency_layers)])
+        self.layer_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.query = nn.Parameter(torch.empty(size))
+        self.output_projection = nn.Linear(size, config.hidden_size)
+        self.gate = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, patches: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`(B, N, D)` -> what to add to the patches `(B, N, D)`, features `(B, N, F)`, pooled `(B, F)`."""
+        states = self.input_projection(patches)
+        for layer in self.layers:
+            states = layer(states, grid)
+        states = self.layer_norm(states)
+        weights = (states @ self.query * states.shape[-1] ** -0.5).softmax(dim=-1)  # (B, N)
+        pooled = (weights[:, None, :] @ states)[:, 0]  # (B, 1, N) @ (B, N, F) -> (B, F)
+        return self.gate * self.output_projection(states), states, pooled
+
+
+# Encoder layers
+
+
+def scale_branch(branch: torch.Tensor, layer_scale: torch.Tensor | None) -> torch.Tensor:
+    return branch if layer_scale is None else branch * layer_scale
+
+
+def layer_scale_parameter(config: MLIPTextConfig | MLIPVisionConfig) -> nn.Parameter | None:
+    return None if config.layer_scale_init_value is None else nn.Parameter(torch.empty(config.hidden_size))
+
+
+class MLIPTextLayer(CLIPEncoderLayer):
+    """CLIP's layer, with LayerScale where the configuration asks for it."""
+
+    def __init__(self, config: MLIPTextConfig):
+        super().__init__(config)
+        self.layer_scale1 = layer_scale_parameter(config)
+        self.layer_scale2 = layer_scale_parameter(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        branch, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        hidden_states = hidden_states + scale_branch(branch, self.layer_scale1)
+        branch = self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states + scale_branch(branch, self.layer_scale2)
+
+
+class MLIPVisionAttention(CLIPAttention):
+    """CLIP's attention, which also tells on request what merging is guided by."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_guide: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
+        """`(B, S, D)` -> output `(B, S, D)`, weights `(B, h, S, S)` if the backend has them, guide or `None`.
+
+        The guide is the mean key over heads `(B, S - 1, d)` and the attention of the class token, also averaged over
+        heads, `(B, S - 1)`: one row, in float32, outside the attention backend, so that every backend merges alike.
+        """
+        B, S, _ = hidden_states.shape
+        heads = (B, S, self.num_heads, self.head_dim)
+        queries = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, h, S, d)
+        keys = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        values = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attend(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            scaling=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+            **kwargs,
+        )
+        attn_output = self.out_proj(attn_output.reshape(B, S, -1))
+        guide = self._guide(queries, keys, attention_mask) if return_guide else None
+        return attn_output, attn_weights, guide
+
+    @torch.no_grad()
+    def _guide(
+        self, queries: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(device_type=queries.device.type, enabled=False):
+            queries, keys = queries[:, :, :1].float(), keys.float()
+            scores = queries @ keys.transpose(2, 3) * self.scale  # (B, h, 1, S)
+            if attention_mask is not None:
+                scores = scores + attention_mask[:, :, :1].float()
+            class_attention = scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]  # (B, S - 1)
+            return keys.mean(dim=1)[:, 1:], class_attention
+
+
+class MLIPVisionLayer(CLIPEncoderLayer):
+    """CLIP's layer, with token merging between attention and MLP, and LayerScale where asked for."""
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__(config)
+        self.config = config
+        self.self_attn = MLIPVisionAttention(config)
+        self.layer_scale1 = layer_scale_parameter(config)
+        self.layer_scale2 = layer_scale_parameter(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        frequency_states: torch.Tensor | None,
+        frequency_importance: torch.Tensor | None,
+        sizes: torch.Tensor,
+        num_removed: int = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Tensors in, tensors out: `hidden_states` `(B, 1 + N, D)`, `frequency_states` `(B, N, F)`,
+        `frequency_importance` `(B, N)` and `sizes` `(B, N)` come back with M = N - num_removed tokens, followed by the
+        `assignment` `(B, N)` of the step, `None` without one."""
+        branch, _, guide = self.self_attn(
+            self.layer_norm1(hidden_states), attention_mask=attention_mask, return_guide=num_removed > 0, **kwargs
+        )
+        hidden_states = hidden_states + scale_branch(branch, self.layer_scale1)
+        assignment = None
+        if guide is not None:
+            num_new = sizes.shape[1] - num_removed
+            assignment = self._match(guide, frequency_states, frequency_importance, num_removed)
+            patches = merge_tokens(hidden_states[:, 1:], sizes, assignment, num_new)
+            hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
+            if frequency_states is not None:
+                frequency_states = merge_tokens(frequency_states, sizes, assignment, num_new)
+                frequency_importance = merge_tokens(frequency_importance[..., None], sizes, assignment, num_new)[..., 0]
+            sizes = merge_sizes(sizes, assignment, num_new)
+        branch = self.mlp(self.layer_norm2(hidden_states))
+        hidden_states = hidden_states + scale_branch(branch, self.layer_scale2)
+        return hidden_states, frequency_states, frequency_importance, sizes, assignment
+
+    @torch.no_grad()
+    def _match(
+        self,
+        guide: tuple[torch.Tensor, torch.Tensor],
+        frequency_states: torch.Tensor | None,
+        frequency_importance: torch.Tensor | None,
+        num_removed: int,
+    ) -> torch.Tensor:
+        keys, class_attention = guide
+        with torch.autocast(device_type=keys.device.type, enabled=False):
+            if self.config.merge_method == "tome":
+                return match_tokens(joint_similarity_features(keys), None, num_removed)
+            if frequency_states is None:
+                features, importance = joint_similarity_features(keys), z_score(class_attention)
+            else:
+                features = joint_similarity_features(keys, frequency_states.float())
+                importance = (z_score(class_attention) + z_score(frequency_importance)) / 2
+            return match_tokens(features, self.config.merge_importance_weight * importance, num_removed)
+
+
+# Encoders
+
+
+class MLIPTextEncoder(CLIPEncoder):
+    """CLIP's encoder, made of `MLIPTextLayer`."""
+
+    def __init__(self, config: MLIPTextConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        self.layers = nn.ModuleList([MLIPTextLayer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+
+class MLIPVisionEncoder(nn.Module):
+    """Layers of `MLIPVisionLayer`; carries along what follows the tokens."""
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList([MLIPVisionLayer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        frequency_states: torch.Tensor | None,
+        frequency_importance: torch.Tensor | None,
+        output_token_map: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MLIPVisionOutput:
+        B, N = inputs_embeds.shape[0], inputs_embeds.shape[1] - 1
+        hidden_states = inputs_embeds
+        sizes = torch.ones(B, N, device=hidden_states.device, dtype=torch.float32)
+        token_map = torch.arange(N, device=hidden_states.device).expand(B, N) if output_token_map else None
+        attention_mask = None
+        for layer, num_removed in zip(self.layers, self.tokens_removed(N), strict=True):
+            hidden_states, frequency_states, frequency_importance, sizes, assignment = layer(
+                hidden_states, attention_mask, frequency_states, frequency_importance, sizes, num_removed, **kwargs
+            )
+            if assignment is not None:
+                attention_mask = self.size_bias(sizes, hidden_states.dtype)
+                token_map = compose(token_map, assignment) if output_token_map else None
+        return MLIPVisionOutput(
+            last_hidden_state=hidden_states,
+            frequency_hidden_state=frequency_states,
+            token_sizes=sizes,
+            token_map=token_map,
+        )
+
+    def tokens_removed(self, num_patches: int) -> list[int]:
+        """Patch tokens that each layer removes; depends on the configuration and the image size alone."""
+        config = self.config
+        removed = [0] * config.num_hidden_layers
+        if config.merge_ratio > 0:
+            stages = config.resolved_merge_layers
+            for layer, count in zip(stages, merge_schedule(num_patches, config.merge_ratio, len(stages)), strict=True):
+                removed[layer] = count
+        return removed
+
+    def size_bias(self, sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`(B, M)` -> `(B, 1, 1, 1 + M)`: log(size) is added to the logits, 0 for the class token, so that a merged
+        token counts for what it replaces (ToMe, arXiv 2210.09461, equation 1)."""
+        if "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} cannot add the size of merged tokens to "
+                "attention; use 'sdpa' or 'eager', or set_merge_ratio(0)."
+            )
+        return nn.functional.pad(sizes.log().to(dtype), (1, 0))[:, None, None, :]
+
+
+# Models
+
+
+class MLIPPreTrainedModel(CLIPPreTrainedModel):
+    config: MLIPConfig
+    base_model_prefix = "mlip"
+    input_modalities: tuple[str, ...] = ("image", "text")
+    _no_split_modules = [
+        "CLIPTextEmbeddings",
+        "CLIPVisionEmbeddings",
+        "MLIPTextLayer",
+        "MLIPVisionLayer",
+        "MLIPFrequencyStage",
+    ]
+    _can_record_outputs = {"hidden_states": CLIPEncoderLayer, "attentions": CLIPAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialises every parameter and buffer of `module`; what CLIP has, as CLIP does."""
+        super()._init_weights(module)
+        factor = self.config.initializer_factor
+        if isinstance(module, MLIPFrequencyBlock):
+            std = module.config.initializer_range * factor
+            for weight in (module.spectral_filter, module.fc1.weight, module.fc2.weight):
+                init.normal_(weight, std=std)
+        elif isinstance(module, MLIPFrequencyStage):
+            init.normal_(module.input_projection.weight, std=module.config.hidden_size**-0.5 * factor)
+            init.normal_(module.output_projection.weight, std=module.config.frequency_hidden_size**-0.5 * factor)
+            init.normal_(module.query, std=module.config.initializer_range * factor)
+            init.zeros_(module.gate)
+        elif isinstance(module, MLIPTextLayer | MLIPVisionLayer):
+            if module.layer_scale1 is not None:
+                init.constant_(module.layer_scale1, module.self_attn.config.layer_scale_init_value)
+                init.constant_(module.layer_scale2, module.self_attn.config.layer_scale_init_value)
+        elif isinstance(module, MLIPModel):
+            for projection in module.projections():
+                init.normal_(projection.weight, std=projection.in_features**-0.5 * factor)
+            if module.token_frequency_projection is not None:  # small, so that spatial features lead at first
+                std = 0.1 * module.token_frequency_projection.in_features**-0.5 * factor
+                init.normal_(module.token_frequency_projection.weight, std=std)
+            for logit_scale in module.logit_scales().values():
+                init.constant_(logit_scale, self.config.logit_scale_init_value)
+        elif isinstance(module, MLIPVisionModelWithProjection):
+            init.normal_(module.visual_projection.weight, std=self.config.hidden_size**-0.5 * factor)
+        elif isinstance(module, MLIPTextModelWithProjection):
+            init.normal_(module.text_projection.weight, std=self.config.hidden_size**-0.5 * factor)
+        elif isinstance(module, MLIPForImageClassification) and isinstance(module.classifier, nn.Linear):
+            init.normal_(module.classifier.weight, std=self.config.vision_config.hidden_size**-0.5 * factor)
+
+    def set_merge_ratio(self, merge_ratio: float) -> None:
+        """Changes the share of patch tokens that merging removes, from the next call on; 0 turns merging off.
+
+        Raises:
+            ValueError: if it is not in [0, 1), leaves no token, or this model has no vision tower.
+        """
+        towers = [module for module in self.modules() if isinstance(module, MLIPVisionModel)]
+        if not towers:
+            raise ValueError(f"{type(self).__name__} has no vision tower; call set_merge_ratio on one that has.")
+        for tower in towers:
+            changed = copy.copy(tower.config)
+            changed.merge_ratio = merge_ratio
+            changed.validate()
+            num_patches = (changed.image_size // changed.patch_size) ** 2
+            merge_schedule(num_patches, merge_ratio, len(changed.resolved_merge_layers))
+            tower.config.merge_ratio = merge_ratio
+
+
+class MLIPTextModel(MLIPPreTrainedModel):
+    """CLIP's text tower, and what some OpenCLIP towers need of it."""
+
+    config: MLIPTextConfig
+    input_modalities = ("text",)
+    _input_embed_layer = "token_embedding"
+
+    def __init__(self, config: MLIPTextConfig):
+        super().__init__(config)
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = MLIPTextEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encodes captions.
+
+        Args:
+            input_ids: `(T, L)`.
+            attention_mask: `(T, L)`, 1 where there is a token; not used with `use_causal_mask=False`.
+            position_ids: `(T, L)`, where other than 0 to L - 1.
+
+        Returns:
+            `last_hidden_state` `(T, L, D)` and `pooler_output` `(T, D)`.
+        """
+        if input_ids is None:
+            raise ValueError("You have to specify input_ids")
+        input_ids = input_ids.view(-1, input_ids.shape[-1])
+        if self.config.pooling == "last":  # as trained: the last of all positions, padding included
+            missing = self.config.max_position_embeddings - input_ids.shape[1]
+            input_ids = nn.functional.pad(input_ids, (0, missing), value=self.config.pad_token_id)
+        hidden_states = self.embeddings(input_ids=input_ids, position_ids=position_ids)
+        kwargs.pop("is_causal", None)
+        if self.config.use_causal_mask:
+            if attention_mask is not None:
+                attention_mask = nn.functional.pad(attention_mask, (0, input_ids.shape[1] - attention_mask.shape[1]))
+            mask = create_causal_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
+            )
+        else:
+            mask = None
+        encoder_outputs: BaseModelOutput = self.encoder(
+            inputs_embeds=hidden_states, attention_mask=mask, is_causal=self.config.use_causal_mask, **kwargs
+        )
+        last_hidden_state = self.final_layer_norm(encoder_outputs.last_hidden_state)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state, pooler_output=self._pool(last_hidden_state, input_ids)
+        )
+
+    def _pool(self, last_hidden_state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.config.pooling == "last":
+            return last_hidden_state[:, -1]
+        # The first EOS: padding may have the same id. ONNX finds the largest of int32, not of int64.
+        position = (input_ids == self.config.eos_token_id).to(torch.int32).argmax(dim=-1)
+        return last_hidden_state[torch.arange(input_ids.shape[0], device=input_ids.device), position]
+
+
+class MLIPVisionModel(MLIPPreTrainedModel):
+    """The vision tower: CLIP's, a frequency stage beside it, and token merging in its layers."""
+
+    config: MLIPVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__(config)
+        size, eps = config.hidden_size, config.layer_norm_eps
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(size, eps=eps) if config.use_pre_layernorm else nn.Identity()  # CLIP's name
+        self.frequency = MLIPFrequencyStage(config) if config.frequency_layers > 0 else None
+        self.encoder = MLIPVisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(size, eps=eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = False,
+        output_token_map: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MLIPVisionOutput:
+        """Encodes images.
+
+        Args:
+            pixel_values: `(B, 3, height, width)`, normalised as the image processor does.
+            interpolate_pos_encoding: fits the position embeddings to images of another size than `image_size`.
+            output_token_map: returns which token each patch became part of.
+
+        Raises:
+            ValueError: for another image size without `interpolate_pos_encoding`, or one that the patch size does not
+                divide.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        grid = self._patch_grid(pixel_values)
+        # Step (1): patch, class and position embeddings and the pre-LayerNorm, as CLIP
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        hidden_states = self.pre_layrnorm(hidden_states)
+        # Step (2): the frequency stage, beside the spatial stream
+        frequency_states = pooled_frequency = frequency_importance = None
+        if self.frequency is not None:
+            injection, frequency_states, pooled_frequency = self.frequency(hidden_states[:, 1:], grid)
+            hidden_states = torch.cat([hidden_states[:, :1], hidden_states[:, 1:] + injection], dim=1)
+            frequency_importance = self._frequency_importance(frequency_states, pooled_frequency)
+        # Step (3): the encoder, with token merging
+        outputs = self.encoder(
+            hidden_states, frequency_states, frequency_importance, output_token_map=output_token_map, **kwargs
+        )
+        # Step (4): pooling and the post-LayerNorm, as CLIP
+        outputs.pooler_output = self.post_layernorm(self._pool(outputs))
+        outputs.frequency_pooler_output = pooled_frequency
+        return outputs
+
+    def _patch_grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        height, width = pixel_values.shape[-2:]
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(
+                f"pixel_values of {height} x {width} are not divisible by patch_size={patch}; resize the images, "
+                "for example with the model's image processor."
+            )
+        return height // patch, width // patch
+
+    @torch.no_grad()
+    def _frequency_importance(self, states: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """cos(F_i, f), `(B, N)` in float32: how much a token says of what the image says in the frequency domain."""
+        return nn.functional.cosine_similarity(states.float(), pooled.float()[:, None], dim=-1)
+
+    def _pool(self, outputs: MLIPVisionOutput) -> torch.Tensor:
+        if self.config.pooling == "class":
+            return outputs.last_hidden_state[:, 0]
+        return size_weighted_mean(outputs.last_hidden_state[:, 1:], outputs.token_sizes)
+
+
+def size_weighted_mean(tokens: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """`(B, M, C)` and `(B, M)` -> `(B, C)`: the mean over patches, where a token stands for several."""
+    weights = (sizes / sizes.sum(dim=1, keepdim=True)).to(tokens.dtype)
+    return (weights[:, None, :] @ tokens)[:, 0]
+
+
+class MLIPModel(MLIPPreTrainedModel):
+    """Both towers, their projections, temperatures and losses. What the configuration leaves out is not made."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides it by the accumulation steps
+
+    def __init__(self, config: MLIPConfig):
+        super().__init__(config)
+        text_size, vision_size = config.text_config.hidden_size, config.vision_config.hidden_size
+        frequency_size, shared_size = config.vision_config.frequency_hidden_size, config.projection_dim
+        has_stage = config.vision_config.frequency_layers > 0
+        has_frequency_loss = has_stage and config.frequency_loss_weight > 0
+        has_token_loss = config.token_loss_weight > 0
+        has_token_frequency = has_token_loss and has_stage and config.token_loss_frequency
+
+        def projection(size: int, wanted: bool = True) -> nn.Linear | None:
+            return nn.Linear(size, shared_size, bias=False) if wanted else None
+
+        def logit_scale(wanted: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.tensor(float(config.logit_scale_init_value))) if wanted else None
+
+        self.text_model = MLIPTextModel._from_config(config.text_config)
+        self.vision_model = MLIPVisionModel._from_config(config.vision_config)
+        self.visual_projection = projection(vision_size)
+        self.text_projection = projection(text_size)
+        self.frequency_projection = projection(frequency_size, has_frequency_loss)
+        self.token_visual_projection = projection(vision_size, has_token_loss)
+        self.token_text_projection = projection(text_size, has_token_loss)
+        self.token_frequency_projection = projection(frequency_size, has_token_frequency)
+        self.logit_scale = logit_scale()
+        self.frequency_logit_scale = logit_scale(has_frequency_loss)
+        self.token_logit_scale = logit_scale(has_token_loss)
+        self.post_init()
+
+    def projections(self) -> list[nn.Linear]:
+        """The projections into the shared space, but for the token-level one of frequency features."""
+        projections = (
+            self.visual_projection,
+            self.text_projection,
+            self.frequency_projection,
+            self.token_visual_projection,
+            self.token_text_projection,
+        )
+        return [projection for projection in projections if projection is not None]
+
+    def logit_scales(self) -> dict[str, nn.Parameter]:
+        """The learned temperatures by name: log of the inverse, one for each loss."""
+        scales = {name: getattr(self, name) for name in ("logit_scale", "frequency_logit_scale", "token_logit_scale")}
+        return {name: scale for name, scale in scales.items() if scale is not None}
+
+    @torch.no_grad()
+    def start_tokens_from_projections(self) -> None:
+        """Copies the instance-level projections to the token level: where fine-tuning of CLIP weights starts."""
+        if self.token_visual_projection is not None:
+            self.token_visual_projection.weight.copy_(self.visual_projection.weight)
+            self.token_text_projection.weight.copy_(self.text_projection.weight)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """The text tower's output for `input_ids` `(T, L)`, its `pooler_output` `(T, P)` projected, not normalised."""
+        text_outputs: BaseModelOutputWithPooling = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
+        )
+        text_outputs.pooler_output = self.text_projection(text_outputs.pooler_output)
+        return text_outputs
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        output_token_map: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MLIPVisionOutput:
+        """The vision tower's output for `pixel_values` `(B, 3, height, width)`, its `pooler_output` `(B, P)` projected,
+        not normalised."""
+        vision_outputs: MLIPVisionOutput = self.vision_model(
+            pixel_values=pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_token_map=output_token_map,
+            return_dict=True,
+            **kwargs,
+        )
+        vision_outputs.pooler_output = self.visual_projection(vision_outputs.pooler_output)
+        return vision_outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        image_ids: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        return_pairs: bool = False,
+        interpolate_pos_encoding: bool = False,
+        output_token_map: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MLIPOutput:
+        """Compares images with captions.
+
+        Args:
+            input_ids: `(T, L)`.
+            pixel_values: `(B, 3, height, width)`.
+            attention_mask: `(T, L)`.
+            position_ids: `(T, L)`.
+            image_ids: `(B,)` int64, equal for equal images; pairs of equal images or captions count as positives.
+            return_loss: computes the losses of the configuration on this batch, whose pairs are (image i, caption i).
+            return_pairs: returns what the losses need, for a caller that gathers it from several processes.
+            interpolate_pos_encoding: see `MLIPVisionModel`.
+            output_token_map: see `MLIPVisionModel`.
+        """
+        # Step (1): both towers
+        vision_outputs: MLIPVisionOutput = self.get_image_features(
+            pixel_values=pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_token_map=output_token_map,
+            **kwargs,
+        )
+        text_outputs: BaseModelOutputWithPooling = self.get_text_features(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        # Step (2): instance-level embeddings and their similarity
+        image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
+        text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
+        logits_per_text = text_embeds @ image_embeds.t().to(text_embeds.device)
+        logits_per_text = logits_per_text * self.logit_scale.exp().to(text_embeds.device)
+        frequency_embeds = None
+        if self.frequency_projection is not None:
+            frequency_embeds = self.frequency_projection(vision_outputs.frequency_pooler_output)
+            frequency_embeds = nn.functional.normalize(frequency_embeds, dim=-1)
+        # Step (3): what the losses need, and the losses
+        pairs, losses = None, {}
+        if return_loss or return_pairs:
+            caption_mask = self._caption_mask(input_ids, attention_mask)
+            pairs = PairEmbeddings(
+                image_embeds=image_embeds,
+                text_embeds=text_embeds,
+                caption_keys=caption_keys(input_ids, caption_mask),
+                image_keys=image_ids,
+                frequency_embeds=frequency_embeds,
+            )
+            if self.token_visual_projection is not None:
+                tokens = self._token_embeddings(vision_outputs, text_outputs, input_ids, caption_mask)
+                pairs = pairs._replace(tokens=tokens)
+        if return_loss:
+            losses = self.compute_losses(pairs)
+        return MLIPOutput(
+            **losses,
+            logits_per_image=logits_per_text.t(),
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            frequency_embeds=frequency_embeds,
+            pairs=pairs if return_pairs else None,
+            text_model_output=text_outputs,
+            vision_model_output=vision_outputs,
+        )
+
+    def compute_losses(self, pairs: PairEmbeddings) -> dict[str, torch.Tensor]:
+        """`losses.multi_level_loss` with this model's temperatures and weights."""
+        return multi_level_loss(
+            pairs,
+            **self.logit_scales(),
+            frequency_loss_weight=self.config.frequency_loss_weight,
+            token_loss_weight=self.config.token_loss_weight,
+        )
+
+    def _caption_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`(T, L)` bool: True up to and including the first EOS, whatever padding follows."""
+        is_eos = input_ids == self.config.text_config.eos_token_id
+        mask = is_eos.cumsum(dim=1) - is_eos.long() == 0
+        return mask if attention_mask is None else mask & attention_mask.bool()
+
+    def _token_embeddings(
+        self,
+        vision_outputs: MLIPVisionOutput,
+        text_outputs: BaseModelOutputWithPooling,
+        input_ids: torch.Tensor,
+        caption_mask: torch.Tensor,
+    ) -> TokenEmbeddings:
+        """Tokens of both sides in the shared space, normalised, and what each counts."""
+        patches = self.vision_model.post_layernorm(vision_outputs.last_hidden_state[:, 1:])
+        image_tokens = self.token_visual_projection(patches)  # (B, M, P)
+        if self.token_frequency_projection is not None:
+            image_tokens = image_tokens + self.token_frequency_projection(vision_outputs.frequency_hidden_state)
+        text_tokens = self.token_text_projection(text_outputs.last_hidden_state[:, : input_ids.shape[1]])  # (T, L, P)
+        sizes = vision_outputs.token_sizes
+        return TokenEmbeddings(
+            image_tokens=nn.functional.normalize(image_tokens, dim=-1),
+            image_weights=sizes / sizes.sum(dim=1, keepdim=True),
+            text_tokens=nn.functional.normalize(text_tokens, dim=-1),
+            text_mask=caption_mask & (input_ids != self.config.text_config.bos_token_id),
+        )
+
+
+class MLIPTextModelWithProjection(MLIPPreTrainedModel):
+    """The text tower with its projection."""
+
+    config: MLIPTextConfig
+    base_model_prefix = "text_model"
+    input_modalities = ("text",)
+
+    def __init__(self, config: MLIPTextConfig):
+        super().__init__(config)
+        self.text_model = MLIPTextModel._from_config(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.embeddings.token_embedding = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CLIPTextModelOutput:
+        """`input_ids` `(T, L)` -> `text_embeds` `(T, P)`, not normalised."""
+        text_outputs: BaseModelOutputWithPooling = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        return CLIPTextModelOutput(
+            text_embeds=self.text_projection(text_outputs.pooler_output),
+            last_hidden_state=text_outputs.last_hidden_state,
+            hidden_states=text_outputs.hidden_states,
+            attentions=text_outputs.attentions,
+        )
+
+
+class MLIPVisionModelWithProjection(MLIPPreTrainedModel):
+    """The vision tower with its projection."""
+
+    config: MLIPVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__(config)
+        self.vision_model = MLIPVisionModel._from_config(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.embeddings.patch_embedding
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_token_map: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MLIPVisionModelOutput:
+        """`pixel_values` `(B, 3, height, width)` -> `image_embeds` `(B, P)`, not normalised."""
+        vision_outputs: MLIPVisionOutput = self.vision_model(
+            pixel_values=pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_token_map=output_token_map,
+            **kwargs,
+        )
+        return MLIPVisionModelOutput(
+            image_embeds=self.visual_projection(vision_outputs.pooler_output),
+            last_hidden_state=vision_outputs.last_hidden_state,
+            hidden_states=vision_outputs.hidden_states,
+            attentions=vision_outputs.attentions,
+            token_sizes=vision_outputs.token_sizes,
+            token_map=vision_outputs.token_map,
+        )
+
+
+class MLIPForImageClassification(MLIPPreTrainedModel):
+    """The vision tower with a linear classifier on the mean over patches, weighted by token size."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: MLIPConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vision_model = MLIPVisionModel._from_config(config.vision_config)
+        size = config.vision_config.hidden_size
+        self.classifier = nn.Linear(size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """`pixel_values` `(B, 3, height, width)`, `labels` `(B,)` -> `logits` `(B, num_labels)` and the loss."""
+        outputs: MLIPVisionOutput = self.vision_model(pixel_values, **kwargs)
+        logits = self.classifier(size_weighted_mean(outputs.last_hidden_state[:, 1:], outputs.token_sizes))
+        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+# Towers load from a whole model's checkpoint, whose names begin with the tower's; transformers knows this of CLIP only.
+for _class, _prefix in ((MLIPTextModel, "text_model"), (MLIPVisionModel, "vision_model")):
+    register_checkpoint_conversion_mapping(_class.__name__, [PrefixChange(prefix_to_remove=_prefix)], overwrite=True)
+
+
+__all__ = [
+    "MLIPForImageClassification",
+    "MLIPModel",
+    "MLIPPreTrainedModel",
+    "MLIPTextModel",
+    "MLIPTextModelWithProjection",
+    "MLIPVisionModel",
+    "MLIPVisionModelWithProjection",
+]

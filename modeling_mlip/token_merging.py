@@ -1,0 +1,135 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Token merging as pure functions that know nothing of models: schedule, guide, matching, merge, unmerge.
+
+A step is an `assignment` `(B, N)`: for each of N tokens the index of the one of M new tokens that it becomes part of.
+Whatever follows the tokens (hidden states, frequency features, importance, sizes) follows the same assignment.
+Matching is bipartite between alternate tokens, as in ToMe (Bolya et al. 2023, arXiv 2210.09461, section 3); similarity
+in two domains and the guide are MLIP's (arXiv 2406.01460), as this project reads it.
+Axes: B images, N tokens before a step, M after it, C channels. The class token never comes here.
+"""
+
+from itertools import pairwise
+
+import torch
+
+
+def merge_schedule(num_tokens: int, merge_ratio: float, num_stages: int) -> list[int]:
+    """Tokens removed at each stage, so that every stage keeps about the same share and the last meets the ratio.
+
+    Args:
+        num_tokens: patch tokens at the start.
+        merge_ratio: share of them that is gone at the end, `0 <= merge_ratio < 1`.
+        num_stages: how many stages there are.
+
+    Raises:
+        ValueError: if no token would be left.
+    """
+    kept = [round(num_tokens * (1 - merge_ratio) ** (stage / num_stages)) for stage in range(num_stages + 1)]
+    if kept[-1] < 1:
+        raise ValueError(
+            f"merge_ratio={merge_ratio} leaves none of {num_tokens} patch tokens; "
+            f"choose at most {1 - 1 / num_tokens:.3f}, larger images or smaller patches."
+        )
+    return [before - after for before, after in pairwise(kept)]
+
+
+def z_score(scores: torch.Tensor) -> torch.Tensor:
+    """`(B, N)` scores in standard deviations from their mean over the tokens of each image."""
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True).sqrt() + 1e-6)
+
+
+def joint_similarity_features(*domains: torch.Tensor) -> torch.Tensor:
+    """`(B, N, C1 + C2 + ...)`: each part normalised, so that the dot product of two tokens is their mean cosine."""
+    return torch.cat([torch.nn.functional.normalize(part, dim=-1) for part in domains], dim=-1) / len(domains) ** 0.5
+
+
+def match_tokens(features: torch.Tensor, importance: torch.Tensor | None, num_removed: int) -> torch.Tensor:
+    """Finds which tokens become one.
+
+    Step (1): alternate tokens form two sets. Step (2): each of the first set proposes the token of the second that
+    resembles it most. Step (3): the proposals are ranked by similarity minus importance, ties by position, and the best
+    `num_removed` are carried out. More than half of the tokens go in several such rounds.
+
+    Args:
+        features: `(B, N, C)`, whose dot products are similarities.
+        importance: `(B, N)` in units of similarity; important tokens go later. `None`: no guide.
+        num_removed: how many tokens to remove, fewer than N.
+
+    Returns:
+        assignment `(B, N)`, values 0 to N - num_removed - 1; new tokens keep the order of the old.
+    """
+    num_here = min(num_removed, features.shape[1] // 2)
+    assignment = _match_once(features, importance, num_here)
+    if num_here == num_removed:
+        return assignment
+    num_left = features.shape[1] - num_here
+    ones = torch.ones_like(features[..., 0])
+    features = merge_tokens(features, ones, assignment, num_left)
+    if importance is not None:
+        importance = merge_tokens(importance[..., None], ones, assignment, num_left)[..., 0]
+    return compose(assignment, match_tokens(features, importance, num_removed - num_here))
+
+
+def _match_once(features: torch.Tensor, importance: torch.Tensor | None, num_removed: int) -> torch.Tensor:
+    B, N, _ = features.shape
+    # Step (1): the proposers stand at odd positions, so that at N = 2k + 1 tokens k of them can go.
+    proposers, targets = features[:, 1::2], features[:, 0::2]  # (B, N//2, C), (B, N - N//2, C)
+    # Step (2)
+    similarity, partner = (proposers @ targets.transpose(1, 2)).max(dim=-1)  # (B, N//2) each
+    # Step (3)
+    rank = similarity if importance is None else similarity - importance[:, 1::2]
+    removed = rank.argsort(dim=-1, descending=True, stable=True)[:, :num_removed]  # (B, num_removed)
+    position = torch.arange(N, device=features.device).expand(B, N)
+    target = position.scatter(1, 2 * removed + 1, 2 * partner.gather(1, removed))  # (B, N): who absorbs each token
+    new_index = (target == position).long().cumsum(dim=1) - 1  # survivors counted in order
+    return new_index.gather(1, target)
+
+
+def compose(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The assignment `(B, N)` of doing `first` `(B, N)` and then `second` `(B, M)`."""
+    return second.gather(1, first)
+
+
+def assignment_matrix(assignment: torch.Tensor, num_new: int, dtype: torch.dtype) -> torch.Tensor:
+    """`(B, M, N)` of zeros and ones: which old tokens each new one is made of."""
+    new_tokens = torch.arange(num_new, device=assignment.device)[None, :, None]
+    return (assignment[:, None, :] == new_tokens).to(dtype)
+
+
+def merge_sizes(sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
+    """Sizes `(B, N)` -> `(B, M)`: how many patches each of the `num_new` tokens stands for."""
+    return (assignment_matrix(assignment, num_new, sizes.dtype) @ sizes[..., None])[..., 0]
+
+
+def merge_tokens(tokens: torch.Tensor, sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
+    """Size-weighted means of the tokens that become one.
+
+    A product with a small matrix, which is deterministic on every device (adding at indices is not on a GPU), exports,
+    and sums in integers first, so that half precision loses nothing but the last rounding.
+
+    Args:
+        tokens: `(B, N, C)`.
+        sizes: `(B, N)`, before the step.
+        assignment: `(B, N)`, values below `num_new`.
+        num_new: M.
+
+    Returns:
+        `(B, M, C)` in the dtype of `tokens`.
+    """
+    weights = assignment_matrix(assignment, num_new, tokens.dtype) * sizes[:, None, :].to(tokens.dtype)  # (B, M, N)
+    new_sizes = weights.sum(dim=-1, keepdim=True, dtype=torch.promote_types(tokens.dtype, torch.float32))  # (B, M, 1)
+    return ((weights @ tokens) / new_sizes).to(tokens.dtype)
+
+
+def unmerge(tokens: torch.Tensor, token_map: torch.Tensor) -> torch.Tensor:
+    """Gives every patch the features of the token that it became part of.
+
+    Args:
+        tokens: `(B, M, C)`.
+        token_map: `(B, N)`, patch -> token, as the vision tower returns it on request.
+
+    Returns:
+        `(B, N, C)`, patches row by row: `.unflatten(1, (H, W))` is the patch grid.
+    """
+    return tokens.gather(1, token_map[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,181 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""losses.py against formulas written out pair by pair, and against transformers' CLIP."""
+
+import math
+
+import pytest
+import torch
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+from modeling_mlip.losses import (
+    PairEmbeddings,
+    TokenEmbeddings,
+    caption_keys,
+    info_nce,
+    instance_loss,
+    multi_level_loss,
+    positive_targets,
+    temperature,
+    token_loss,
+    token_scores,
+)
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def tokens_of(I: int, M: int, T: int, L: int, P: int = 6) -> tuple[torch.Tensor, ...]:
+    """Random tokens; caption i counts its first 1 + i % L tokens."""
+    weights = torch.rand(I, M, dtype=torch.float64)
+    mask = torch.arange(L)[None] <= (torch.arange(T) % L)[:, None]
+    return unit(I, M, P), weights / weights.sum(dim=1, keepdim=True), unit(T, L, P), mask
+
+
+def scores_by_loop(image_tokens, image_weights, text_tokens, text_mask):
+    by_image = torch.zeros(len(image_tokens), len(text_tokens), dtype=torch.float64)
+    by_text = torch.zeros_like(by_image)
+    for i in range(len(image_tokens)):
+        for j in range(len(text_tokens)):
+            similarity = image_tokens[i] @ text_tokens[j][text_mask[j]].t()
+            by_image[i, j] = (image_weights[i] * similarity.max(dim=1).values).sum()
+            by_text[i, j] = similarity.max(dim=0).values.mean()
+    return by_image, by_text
+
+
+def test_distinct_pairs_give_the_loss_of_clip():
+    torch.manual_seed(0)
+    images, texts, logit_scale = unit(7, 5), unit(7, 5), torch.tensor(2.5)
+    keys = [torch.arange(7)]
+    ours = instance_loss(images, texts, logit_scale, positive_targets(keys, keys))
+    theirs = image_text_contrastive_loss(logit_scale.exp() * texts @ images.t())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_equal_captions_and_equal_images_are_positives():
+    captions, images = torch.tensor([5, 5, 7, 8]), torch.tensor([1, 2, 3, 2])
+    targets = positive_targets([captions, images], [captions, images])
+    third = 1 / 3
+    expected = [[0.5, 0.5, 0, 0], [third, third, 0, third], [0, 0, 1, 0], [0, 0.5, 0, 0.5]]
+    torch.testing.assert_close(targets, torch.tensor(expected))
+
+
+def test_a_duplicate_is_not_pushed_away():
+    keys = [torch.tensor([0, 0, 1])]
+    both_found = torch.tensor([[9.0, 9.0, -99.0], [9.0, 9.0, -99.0], [-99.0, -99.0, 9.0]], requires_grad=True)
+    (soft,) = torch.autograd.grad(info_nce(both_found, positive_targets(keys, keys)), both_found)
+    (hard,) = torch.autograd.grad(info_nce(both_found, torch.eye(3)), both_found)
+    assert soft.abs().max() < 1e-6
+    assert hard[0, 1] > 0.1  # without soft targets, the equal caption would be pushed away
+
+
+def test_soft_targets_are_a_cross_entropy():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(4, 6, dtype=torch.float64), torch.rand(4, 6, dtype=torch.float64).softmax(dim=1)
+    expected = torch.nn.functional.cross_entropy(logits, targets)
+    torch.testing.assert_close(info_nce(logits, targets), expected)
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    logits = torch.full((2, 5000), 10.0, dtype=torch.float16)
+    targets = torch.zeros(2, 5000)
+    targets[:, 0] = 1
+    assert info_nce(logits, targets) == pytest.approx(math.log(5000), rel=1e-6)
+
+
+def test_temperature_is_clamped_at_100():
+    assert temperature(torch.tensor(math.log(1 / 0.07))) == pytest.approx(1 / 0.07)
+    assert temperature(torch.tensor(20.0)) == pytest.approx(100)
+
+
+def test_caption_keys_ignore_padding_and_tell_captions_apart():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50, (2000, 6), generator=generator)
+    keys = caption_keys(ids, torch.ones(2000, 6, dtype=torch.bool))
+    assert len(keys.unique()) == len(ids.unique(dim=0))
+    padded = torch.cat([ids, torch.randint(0, 50, (2000, 3), generator=generator)], dim=1)
+    mask = (torch.arange(9) < 6).expand(2000, 9)
+    assert torch.equal(caption_keys(padded, mask), keys)
+    assert not torch.equal(caption_keys(ids.flip(1), torch.ones(2000, 6, dtype=torch.bool)), keys)  # order counts
+
+
+def test_token_scores_equal_a_loop_over_pairs():
+    torch.manual_seed(0)
+    tokens = tokens_of(I=4, M=5, T=6, L=3)
+    for ours, theirs in zip(token_scores(*tokens), scores_by_loop(*tokens), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_block_elements", [1, 50, 200, 419])
+def test_chunked_token_scores_equal_the_plain_ones_with_gradients(max_block_elements):
+    torch.manual_seed(0)
+    image_tokens, image_weights, text_tokens, mask = tokens_of(I=5, M=4, T=7, L=3)
+    results = []
+    for block in (max_block_elements, 10**9):
+        inputs = [x.clone().requires_grad_() for x in (image_tokens, image_weights, text_tokens)]
+        by_image, by_text = token_scores(inputs[0], inputs[1], inputs[2], mask, max_block_elements=block)
+        gradients = torch.autograd.grad((by_image.sin() + by_text.cos()).sum(), inputs)
+        results.append((by_image, by_text, *gradients))
+    for chunked, plain in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_block_elements", [30, 10**9])
+def test_gradients_of_the_token_loss(max_block_elements):
+    torch.manual_seed(0)
+    image_tokens, image_weights, text_tokens, mask = tokens_of(I=3, M=4, T=3, L=3, P=4)
+    targets = torch.eye(3, dtype=torch.float64)
+
+    def loss(image_tokens, image_weights, text_tokens, logit_scale):
+        scores = token_scores(image_tokens, image_weights, text_tokens, mask, max_block_elements)
+        return token_loss(*scores, logit_scale, targets)
+
+    inputs = [image_tokens, image_weights, text_tokens, torch.tensor(1.0, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in inputs])
+
+
+def test_tokens_that_do_not_count_change_nothing():
+    torch.manual_seed(0)
+    image_tokens, image_weights, text_tokens, mask = tokens_of(I=3, M=4, T=3, L=3)
+    before = token_scores(image_tokens, image_weights, text_tokens, mask)
+    changed = torch.where(mask[..., None], text_tokens, unit(3, 3, 6))
+    assert not torch.equal(changed, text_tokens)
+    for a, b in zip(before, token_scores(image_tokens, image_weights, changed, mask), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_merged_token_counts_for_the_patches_that_it_replaces():
+    torch.manual_seed(0)
+    patches, _, text_tokens, mask = tokens_of(I=2, M=6, T=3, L=4)
+    patches[:, 3:] = patches[:, :1]  # four equal patches
+    plain = token_scores(patches, torch.full((2, 6), 1 / 6, dtype=torch.float64), text_tokens, mask)
+    sizes = torch.tensor([[4.0, 1, 1]] * 2, dtype=torch.float64)
+    merged = token_scores(patches[:, :3], sizes / 6, text_tokens, mask)
+    for a, b in zip(plain, merged, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    torch.manual_seed(0)
+    image_tokens, image_weights, text_tokens, mask = tokens_of(I=4, M=5, T=4, L=3)
+    pairs = PairEmbeddings(
+        image_embeds=unit(4, 6),
+        text_embeds=unit(4, 6),
+        caption_keys=torch.arange(4),
+        frequency_embeds=unit(4, 6),
+        tokens=TokenEmbeddings(image_tokens, image_weights, text_tokens, mask),
+    )
+    scales = [torch.tensor(value) for value in (1.0, 2.0, 3.0)]
+    parts = multi_level_loss(pairs, *scales, frequency_loss_weight=0.3, token_loss_weight=0.7)
+    expected = parts["spatial_loss"] + 0.3 * parts["frequency_loss"] + 0.7 * parts["token_loss"]
+    torch.testing.assert_close(parts["loss"], expected)
+    targets = torch.eye(4)
+    torch.testing.assert_close(
+        parts["frequency_loss"], instance_loss(pairs.frequency_embeds, pairs.text_embeds, scales[1], targets)
+    )
+    by_image, by_text = scores_by_loop(image_tokens, image_weights, text_tokens, mask)
+    rows = torch.nn.functional.cross_entropy(scales[2].exp() * by_image, torch.arange(4))
+    columns = torch.nn.functional.cross_entropy(scales[2].exp() * by_text.t(), torch.arange(4))
+    torch.testing.assert_close(parts["token_loss"], (rows + columns) / 2)
+    spatial_only = multi_level_loss(pairs._replace(frequency_embeds=None, tokens=None), scales[0])
+    assert set(spatial_only) == {"spatial_loss", "loss"}

@@ -1,0 +1,415 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""modeling_mlip.py against transformers' CLIP on the same weights, and against itself where one path is plain."""
+
+import pytest
+import torch
+from conftest import TEXT, VISION, open_gate, pairs_batch, small_config, small_model
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, CLIPConfig, CLIPModel
+
+from modeling_mlip import (
+    MLIPConfig,
+    MLIPForImageClassification,
+    MLIPModel,
+    MLIPTextModel,
+    MLIPTextModelWithProjection,
+    MLIPVisionModel,
+    MLIPVisionModelWithProjection,
+)
+from modeling_mlip.token_merging import unmerge
+
+OWN_PARTS = ("frequency", "token_visual", "token_text", "token_logit")
+
+
+def clip_and_mlip(**vision) -> tuple[CLIPModel, MLIPModel]:
+    """A random CLIP model and an MLIP model with its weights."""
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=24)).eval()
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    ours = MLIPModel(small_config(vision)).eval()
+    missing, unexpected = ours.load_state_dict(clip.state_dict(), strict=False)
+    assert not unexpected
+    assert all(any(part in key for part in OWN_PARTS) for key in missing)
+    return clip, ours
+
+
+# Equal to CLIP
+
+
+@pytest.mark.parametrize("frequency_layers", [0, 2])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_without_merging_it_is_clip_in_outputs_and_gradients(batch, frequency_layers, attention):
+    theirs, ours = clip_and_mlip(frequency_layers=frequency_layers, merge_ratio=0.0)
+    for model in (theirs, ours):
+        model.set_attn_implementation(attention)
+    expected = theirs(**batch, return_loss=True)
+    outputs = ours(**batch, return_loss=True)
+    for name in ("image_embeds", "text_embeds", "logits_per_image", "logits_per_text"):
+        torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs.spatial_loss, expected.loss, rtol=0, atol=1e-5)
+    expected.loss.backward()
+    outputs.spatial_loss.backward()
+    gradients = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_closed_gate_changes_nothing_to_the_bit(batch):
+    with_stage = small_model()
+    without = small_model(vision={"frequency_layers": 0})
+    without.load_state_dict(with_stage.state_dict(), strict=False)
+    a, b = (model.get_image_features(batch["pixel_values"]) for model in (with_stage, without))
+    assert torch.equal(a.last_hidden_state, b.last_hidden_state)
+    opened = open_gate(with_stage).get_image_features(batch["pixel_values"])
+    assert not torch.allclose(opened.last_hidden_state, b.last_hidden_state)
+
+
+def test_the_closed_gate_has_a_gradient(batch):
+    model = small_model(frequency_loss_weight=0.0, token_loss_weight=0.0)
+    model(**batch, return_loss=True).loss.backward()
+    assert model.vision_model.frequency.gate.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("merge_ratio", [0.0, 0.5])
+def test_every_parameter_learns(batch, merge_ratio):
+    model = open_gate(small_model(vision={"merge_ratio": merge_ratio})).train()
+    model(**batch, return_loss=True).loss.backward()
+    unmoved = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    # The bias of keys moves all scores of a query alike.
+    assert not [name for name in unmoved if "k_proj.bias" not in name]
+
+
+def test_what_the_configuration_leaves_out_is_not_made():
+    model = small_model(vision={"frequency_layers": 0}, token_loss_weight=0.0)
+    assert not [name for name, _ in model.named_parameters() if any(part in name for part in OWN_PARTS)]
+
+
+# Merging
+
+
+def test_merging_keeps_the_promised_share_and_counts_every_patch(batch):
+    model = open_gate(small_model(vision={"merge_ratio": 0.7}))
+    outputs = model.get_image_features(batch["pixel_values"], output_token_map=True)
+    num_left = round(64 * 0.3)
+    assert outputs.last_hidden_state.shape == (5, 1 + num_left, 32)
+    assert outputs.frequency_hidden_state.shape == (5, num_left, 16)
+    assert outputs.token_sizes.shape == (5, num_left)
+    assert (outputs.token_sizes.sum(dim=1) == 64).all()
+    assert outputs.token_map.shape == (5, 64)
+    for sizes, token_map in zip(outputs.token_sizes, outputs.token_map, strict=True):
+        assert token_map.bincount(minlength=num_left).tolist() == sizes.tolist()
+    grid = unmerge(outputs.last_hidden_state[:, 1:], outputs.token_map).unflatten(1, (8, 8))
+    assert grid.shape == (5, 8, 8, 32)
+
+
+@pytest.mark.parametrize("merge_method", ["mlip", "tome"])
+@pytest.mark.parametrize("frequency_layers", [0, 2])
+def test_eager_equals_sdpa_with_merging(batch, merge_method, frequency_layers):
+    vision = {"merge_ratio": 0.6, "merge_method": merge_method, "frequency_layers": frequency_layers}
+    model = small_model(vision=vision)
+    if frequency_layers:
+        open_gate(model)
+    outputs = {}
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        outputs[attention] = model.vision_model(batch["pixel_values"], output_token_map=True)
+    assert torch.equal(outputs["eager"].token_map, outputs["sdpa"].token_map)
+    torch.testing.assert_close(outputs["eager"].last_hidden_state, outputs["sdpa"].last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_equal_patches_merge_without_loss():
+    """With the size term, merging tokens that are equal changes nothing that another token sees."""
+    model = small_model(vision={"frequency_layers": 0, "merge_layers": [0]})
+    with torch.no_grad():  # without positions, the patches of a plain image stay equal
+        model.vision_model.embeddings.position_embedding.weight.zero_()
+    plain = torch.randn(2, 3, 1, 1).expand(2, 3, 32, 32)
+    whole = model.get_image_features(plain).pooler_output
+    model.set_merge_ratio(0.9)
+    merged = model.get_image_features(plain)
+    assert merged.last_hidden_state.shape[1] == 1 + 6
+    torch.testing.assert_close(merged.pooler_output, whole, rtol=0, atol=1e-5)
+
+
+def test_hidden_states_and_attentions_follow_the_shrinking_sequence(batch):
+    model = small_model(vision={"merge_ratio": 0.5})
+    model.set_attn_implementation("eager")
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True).vision_model_output
+    tokens = [65, 65, 52, 41, 33]  # merge layers 1, 2 and 3 of 4, each keeping about 0.5 ** (1 / 3)
+    assert [states.shape for states in outputs.hidden_states] == [(5, length, 32) for length in tokens]
+    assert [weights.shape for weights in outputs.attentions] == [(5, 4, n, n) for n in tokens[:-1]]
+    outputs.hidden_states[0].retain_grad()
+    outputs.attentions[0].retain_grad()
+    outputs.pooler_output.sum().backward()
+    assert outputs.hidden_states[0].grad.abs().sum() > 0
+    assert outputs.attentions[0].grad.abs().sum() > 0
+
+
+def test_set_merge_ratio_acts_at_once_on_every_class_and_refuses_nonsense(batch):
+    pixels = batch["pixel_values"]
+    config = small_config()
+    for model in (
+        MLIPModel(config),
+        MLIPVisionModel(config.vision_config),
+        MLIPVisionModelWithProjection(config.vision_config),
+        MLIPForImageClassification(config),
+    ):
+        tower = getattr(model, "vision_model", model)
+        model.set_merge_ratio(0.5)
+        assert tower(pixels).token_sizes.shape[1] == 32
+        for nonsense in (1.0, -0.1, 0.999):
+            with pytest.raises(Exception, match="merge_ratio"):
+                model.set_merge_ratio(nonsense)
+        assert tower(pixels).token_sizes.shape[1] == 32  # a refused value changes nothing
+        model.set_merge_ratio(0)
+        assert tower(pixels).token_sizes.shape[1] == 64
+    with pytest.raises(ValueError, match="no vision tower"):
+        MLIPTextModel(config.text_config).set_merge_ratio(0.5)
+
+
+def test_an_image_merges_alike_alone_and_in_a_batch(batch):
+    model = open_gate(small_model(vision={"merge_ratio": 0.6}))
+    together = model.get_image_features(batch["pixel_values"], output_token_map=True)
+    for index in range(5):
+        alone = model.get_image_features(batch["pixel_values"][index : index + 1], output_token_map=True)
+        assert torch.equal(alone.token_map[0], together.token_map[index])
+        torch.testing.assert_close(alone.pooler_output[0], together.pooler_output[index], rtol=0, atol=1e-5)
+
+
+def test_the_guide_protects_what_the_class_token_attends_to(batch):
+    """A weight far above all similarities: the tokens that propose and stay are those of the most attention."""
+    vision = {"merge_ratio": 0.25, "merge_importance_weight": 1e4, "merge_layers": [1], "frequency_layers": 0}
+    model = small_model(vision=vision)
+    model.set_attn_implementation("eager")
+    outputs = model.vision_model(batch["pixel_values"], output_token_map=True, output_attentions=True)
+    attention = outputs.attentions[1].mean(dim=1)[:, 0, 1:]  # the layer that merges: the class token's row
+    for index in range(5):
+        proposers = torch.arange(1, 64, 2)
+        gone = proposers[attention[index, proposers].argsort()[:16]]  # the 16 of 32 with the least attention
+        survivors = torch.tensor([patch for patch in range(64) if patch not in gone])
+        assert outputs.token_map[index, survivors].tolist() == list(range(48))
+
+
+def test_interpolated_positions_take_other_image_sizes(batch):
+    model = open_gate(small_model(vision={"merge_ratio": 0.5}))
+    larger = torch.nn.functional.interpolate(batch["pixel_values"], size=(48, 40))
+    outputs = model.get_image_features(larger, interpolate_pos_encoding=True, output_token_map=True)
+    assert outputs.token_map.shape == (5, 120)
+    assert outputs.token_sizes.shape == (5, 60)
+    same = model.get_image_features(batch["pixel_values"], interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(same, model.get_image_features(batch["pixel_values"]).pooler_output, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="match model"):
+        model.get_image_features(larger)
+    with pytest.raises(ValueError, match="not divisible by patch_size=4"):
+        model.get_image_features(larger[..., :39], interpolate_pos_encoding=True)
+
+
+# Precision and memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(batch, dtype):
+    model = open_gate(small_model(vision={"merge_ratio": 0.0}))
+    exact = model(**batch, return_loss=True)
+    half_batch = {**batch, "pixel_values": batch["pixel_values"].to(dtype)}
+    half = model.to(dtype)(**half_batch, return_loss=True)
+    assert half.image_embeds.dtype == dtype
+    torch.testing.assert_close(half.image_embeds.float(), exact.image_embeds, rtol=0, atol=0.05)
+    torch.testing.assert_close(half.loss.float(), exact.loss, rtol=0.05, atol=0)
+    model.set_merge_ratio(0.5)
+    merged = model(**half_batch, return_loss=True)
+    assert merged.vision_model_output.last_hidden_state.dtype == dtype
+    assert torch.isfinite(merged.loss)
+
+
+def test_autocast_trains(batch):
+    model = open_gate(small_model(vision={"merge_ratio": 0.5})).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch, return_loss=True).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(batch, use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = open_gate(small_model(vision={"merge_ratio": 0.6})).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            assert model.vision_model.encoder.layers[0].gradient_checkpointing
+        model(**batch, return_loss=True).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+# Text
+
+
+def test_padding_and_bos_never_count(batch):
+    model = small_model()
+    with torch.no_grad():
+        pairs = model(**batch, return_pairs=True).pairs
+    eos = (batch["input_ids"] == TEXT["eos_token_id"]).int().argmax(dim=1)
+    for mask, last in zip(pairs.tokens.text_mask, eos.tolist(), strict=True):
+        assert mask.tolist() == [False] + [True] * last + [False] * (7 - last)
+    # Longer padding, with or without a mask: the same loss, which a token that counts would change.
+    longer = torch.nn.functional.pad(batch["input_ids"], (0, 4), value=TEXT["pad_token_id"])
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 4))
+    loss = model(**batch, return_loss=True).loss
+    for extra in ({"attention_mask": mask}, {"attention_mask": None}):
+        other = model(pixel_values=batch["pixel_values"], input_ids=longer, return_loss=True, **extra).loss
+        torch.testing.assert_close(other, loss, rtol=0, atol=1e-5)
+
+
+def test_equal_captions_and_images_are_positives_in_the_model(batch):
+    model = small_model()
+    batch["input_ids"][1], batch["attention_mask"][1] = batch["input_ids"][0], batch["attention_mask"][0]
+    outputs = model(**batch, return_loss=True, return_pairs=True)
+    assert outputs.pairs.caption_keys[0] == outputs.pairs.caption_keys[1]
+    assert len(outputs.pairs.caption_keys.unique()) == 4
+    with_ids = model(**batch, image_ids=torch.tensor([1, 2, 3, 3, 4]), return_loss=True)
+    assert not torch.allclose(with_ids.loss, outputs.loss)
+
+
+def test_a_non_causal_tower_pooled_at_the_last_position_sees_all_positions(batch):
+    text = {"pooling": "last", "use_causal_mask": False, "pad_token_id": 0}
+    model = small_model(text=text)
+    ids = batch["input_ids"][:, :6]
+    padded = torch.nn.functional.pad(ids, (0, 6), value=0)
+    short, whole = model.text_model(ids), model.text_model(padded)
+    torch.testing.assert_close(short.pooler_output, whole.pooler_output, rtol=0, atol=0)
+    assert torch.equal(whole.pooler_output, whole.last_hidden_state[:, -1])
+    changed = ids.clone()
+    changed[:, 5] = 7
+    first = model.text_model(changed).last_hidden_state[:, 0]
+    assert not torch.allclose(first, short.last_hidden_state[:, 0])  # the first position sees the last
+    assert torch.isfinite(model(pixel_values=batch["pixel_values"], input_ids=ids, return_loss=True).loss)
+
+
+def test_mean_pooling_is_weighted_by_size(batch):
+    vision = {"pooling": "mean", "use_pre_layernorm": False, "layer_scale_init_value": 0.1, "merge_ratio": 0.5}
+    model = small_model(vision=vision)
+    outputs = model.vision_model(batch["pixel_values"], output_token_map=True)
+    patches = unmerge(outputs.last_hidden_state[:, 1:], outputs.token_map)
+    expected = model.vision_model.post_layernorm(patches.mean(dim=1))
+    torch.testing.assert_close(outputs.pooler_output, expected, rtol=0, atol=1e-5)
+
+
+# Saving and loading
+
+
+def test_saved_and_reloaded_is_equal_to_the_bit(batch, tmp_path):
+    model = open_gate(small_model(vision={"merge_ratio": 0.5}))
+    expected = model(**batch, return_loss=True)
+    model.save_pretrained(tmp_path)
+    for auto_class in (MLIPModel, AutoModel, AutoModelForZeroShotImageClassification):
+        loaded, report = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert isinstance(loaded, MLIPModel)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        outputs = loaded.eval()(**batch, return_loss=True)
+        for name in ("loss", "image_embeds", "text_embeds", "frequency_embeds", "token_loss"):
+            assert torch.equal(outputs[name], expected[name]), name
+    assert AutoModel.from_pretrained(tmp_path, merge_ratio=0.25).config.merge_ratio == 0.25
+
+
+def test_towers_load_from_the_whole_model(batch, tmp_path):
+    model = open_gate(small_model(vision={"merge_ratio": 0.5}))
+    model.save_pretrained(tmp_path)
+    pixels, ids = batch["pixel_values"], batch["input_ids"]
+    vision_output, text_output = model.vision_model(pixels), model.text_model(ids)
+    vision = MLIPVisionModel.from_pretrained(tmp_path).eval()(pixels)
+    assert torch.equal(vision.last_hidden_state, vision_output.last_hidden_state)
+    text = MLIPTextModel.from_pretrained(tmp_path).eval()(ids)
+    assert torch.equal(text.last_hidden_state, text_output.last_hidden_state)
+    embeds = MLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()(pixels).image_embeds
+    assert torch.equal(embeds, model.get_image_features(pixels).pooler_output)
+    embeds = MLIPTextModelWithProjection.from_pretrained(tmp_path).eval()(ids).text_embeds
+    assert torch.equal(embeds, model.get_text_features(ids).pooler_output)
+    classifier = MLIPForImageClassification.from_pretrained(tmp_path, num_labels=3).eval()
+    hidden = classifier.vision_model(pixels).last_hidden_state
+    assert torch.equal(hidden, vision_output.last_hidden_state)
+    assert classifier(pixels, labels=torch.tensor([0, 1, 2, 0, 1])).loss.isfinite()
+
+
+def test_clip_weights_load_by_name(tmp_path):
+    clip, _ = clip_and_mlip()
+    clip.save_pretrained(tmp_path)
+    config = MLIPConfig.from_clip_config(CLIPConfig.from_pretrained(tmp_path), merge_ratio=0.0)
+    ours, report = MLIPModel.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert all(any(part in key for part in OWN_PARTS) for key in report["missing_keys"])
+    batch = pairs_batch()
+    expected = clip(**batch)
+    torch.testing.assert_close(ours.eval()(**batch).logits_per_image, expected.logits_per_image, rtol=0, atol=1e-5)
+    ours.start_tokens_from_projections()
+    assert torch.equal(ours.token_visual_projection.weight, clip.visual_projection.weight)
+
+
+def test_an_early_clip_configuration_gets_its_real_eos():
+    early = CLIPConfig(text_config={"eos_token_id": 2, "vocab_size": 49408})
+    text = MLIPConfig.from_clip_config(early).text_config
+    assert (text.bos_token_id, text.eos_token_id) == (49406, 49407)
+
+
+def test_initialisation_sets_every_parameter():
+    torch.manual_seed(0)
+    model = MLIPModel(small_config(vision={"layer_scale_init_value": 1e-4}))
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+        assert parameter.abs().max() < 5, name
+    torch.manual_seed(0)
+    again = MLIPModel(small_config(vision={"layer_scale_init_value": 1e-4}))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert (model.vision_model.frequency.gate == 0).all()
+    for scale in model.logit_scales().values():
+        assert scale.item() == pytest.approx(2.6592)
+    ratio = model.token_frequency_projection.weight.std() / model.frequency_projection.weight.std()
+    assert ratio.item() == pytest.approx(0.1, rel=0.2)
+
+
+# Configuration
+
+
+def test_merge_keys_have_one_home(tmp_path):
+    config = MLIPConfig(merge_ratio=0.5, merge_layers=[2, 5], merge_method="tome", frequency_layers=0)
+    vision = config.vision_config
+    assert (vision.merge_ratio, vision.merge_layers, vision.merge_method, vision.frequency_layers) == (
+        *(0.5, [2, 5], "tome", 0),
+    )
+    assert "merge_ratio" not in config.to_dict()
+    config.merge_ratio = 0.25
+    assert vision.merge_ratio == 0.25
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).vision_config.to_dict() == vision.to_dict()
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"merge_ratio": 1.0}, "merge_ratio=1.0"),
+        ({"merge_ratio": -0.1}, "merge_ratio=-0.1"),
+        ({"merge_ratio": "half"}, "half"),
+        ({"merge_layers": [12]}, "layer 12 does not exist"),
+        ({"merge_layers": []}, "at least one layer"),
+        ({"merge_layers": [3, 3]}, "each once"),
+        ({"merge_method": "best"}, "'best' is unknown; choose one of 'mlip', 'tome'"),
+        ({"frequency_layers": -1}, "frequency_layers=-1"),
+        ({"vision_config": {"image_size": 225}}, r"image_size=225 is not divisible by patch_size=32.*\[224, 256\]"),
+        ({"vision_config": {"pooling": "max"}}, "pooling='max'"),
+        ({"text_config": {"pooling": "first"}}, "pooling='first'"),
+        ({"token_loss_weight": -1}, "token_loss_weight=-1"),
+    ],
+)
+def test_bad_configurations_are_refused_with_the_value(keys, message):
+    with pytest.raises(Exception, match=message):
+        MLIPConfig(**keys)
+
+
+def test_a_refused_value_leaves_the_configuration_as_it_was():
+    config = MLIPConfig(merge_ratio=0.5)
+    with pytest.raises(Exception, match=r"merge_ratio=1\.5"):
+        config.merge_ratio = 1.5
+    assert config.merge_ratio == 0.5

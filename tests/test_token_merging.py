@@ -1,0 +1,147 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""token_merging.py: schedule, matching, merging and its inverse."""
+
+import pytest
+import torch
+
+from modeling_mlip.token_merging import (
+    assignment_matrix,
+    compose,
+    joint_similarity_features,
+    match_tokens,
+    merge_schedule,
+    merge_sizes,
+    merge_tokens,
+    unmerge,
+    z_score,
+)
+
+
+def merge_by_loop(tokens: torch.Tensor, sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
+    merged = torch.zeros(tokens.shape[0], num_new, tokens.shape[2], dtype=torch.float64)
+    totals = torch.zeros(tokens.shape[0], num_new, dtype=torch.float64)
+    for image in range(tokens.shape[0]):
+        for old, new in enumerate(assignment[image].tolist()):
+            merged[image, new] += sizes[image, old] * tokens[image, old]
+            totals[image, new] += sizes[image, old]
+    return merged / totals[..., None]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 49, 64, 196, 257])
+@pytest.mark.parametrize("merge_ratio", [0, 0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("num_stages", [1, 3, 12])
+def test_schedule_meets_the_ratio(num_tokens, merge_ratio, num_stages):
+    if round(num_tokens * (1 - merge_ratio)) < 1:
+        with pytest.raises(ValueError, match="leaves none"):
+            merge_schedule(num_tokens, merge_ratio, num_stages)
+        return
+    removed = merge_schedule(num_tokens, merge_ratio, num_stages)
+    assert len(removed) == num_stages
+    assert min(removed) >= 0
+    assert num_tokens - sum(removed) == round(num_tokens * (1 - merge_ratio))
+
+
+def test_schedule_without_merging_removes_nothing():
+    assert merge_schedule(196, 0, 3) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("num_tokens, num_removed", [(8, 1), (8, 4), (9, 4), (9, 8), (16, 11), (2, 1)])
+@pytest.mark.parametrize("guided", [True, False])
+def test_every_token_becomes_part_of_exactly_one(num_tokens, num_removed, guided):
+    torch.manual_seed(0)
+    features = joint_similarity_features(torch.randn(3, num_tokens, 5))
+    importance = torch.randn(3, num_tokens) if guided else None
+    assignment = match_tokens(features, importance, num_removed)
+    num_new = num_tokens - num_removed
+    assert assignment.shape == (3, num_tokens)
+    assert (assignment_matrix(assignment, num_new, torch.int64).sum(dim=1) == 1).all()  # each old in one new
+    for row in assignment:
+        assert row.unique().tolist() == list(range(num_new))  # no new token is empty
+
+
+def test_the_most_similar_pair_goes_first():
+    torch.manual_seed(0)
+    tokens = torch.randn(1, 8, 64)
+    tokens[0, 5] = tokens[0, 2] * 3 + 0.01  # the direction counts, not the length
+    assignment = match_tokens(joint_similarity_features(tokens), None, 1)
+    assert assignment[0, 5] == assignment[0, 2] == 2
+    assert assignment[0].tolist() == [0, 1, 2, 3, 4, 2, 5, 6]  # the others keep their order
+
+
+def test_importance_decides_between_equally_similar_pairs():
+    tokens = torch.eye(4).repeat_interleave(2, dim=0)[None]  # tokens 0 = 1, 2 = 3, 4 = 5, 6 = 7
+    importance = torch.tensor([[0.0, 0.3, 0.0, 0.1, 0.0, 0.2, 0.0, 0.4]])
+    assignment = match_tokens(joint_similarity_features(tokens), importance, 2)
+    merged = [pair for pair in range(4) if assignment[0, 2 * pair] == assignment[0, 2 * pair + 1]]
+    assert merged == [1, 2]
+
+
+def test_ties_go_by_position():
+    assignment = match_tokens(torch.ones(2, 10, 3), None, 2)
+    assert assignment.tolist() == [[0, 0, 1, 0, 2, 3, 4, 5, 6, 7]] * 2
+
+
+def test_matching_of_an_image_does_not_depend_on_the_others():
+    torch.manual_seed(0)
+    features = joint_similarity_features(torch.randn(6, 20, 8))
+    importance = torch.randn(6, 20)
+    together = match_tokens(features, importance, 13)
+    alone = torch.cat([match_tokens(features[i : i + 1], importance[i : i + 1], 13) for i in range(6)])
+    assert torch.equal(together, alone)
+
+
+def test_both_domains_count_equally():
+    spatial, frequency = torch.randn(1, 5, 7) * 100, torch.randn(1, 5, 3) * 0.01
+    features = joint_similarity_features(spatial, frequency)
+    cosines = [torch.nn.functional.cosine_similarity(x[:, :, None], x[:, None], dim=-1) for x in (spatial, frequency)]
+    torch.testing.assert_close(features @ features.transpose(1, 2), (cosines[0] + cosines[1]) / 2, rtol=0, atol=1e-6)
+
+
+def test_z_score_has_mean_0_and_deviation_1_and_survives_a_constant():
+    scores = z_score(torch.randn(3, 50) * 7 + 3)
+    torch.testing.assert_close(scores.mean(dim=1), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores.square().mean(dim=1), torch.ones(3), rtol=1e-4, atol=0)
+    assert torch.equal(z_score(torch.ones(1, 4)), torch.zeros(1, 4))
+
+
+def test_merging_is_the_size_weighted_mean_and_conserves_size():
+    torch.manual_seed(0)
+    tokens, sizes = torch.randn(3, 12, 5, dtype=torch.float64), torch.randint(1, 9, (3, 12)).double()
+    assignment = match_tokens(joint_similarity_features(tokens), None, 7)
+    merged, new_sizes = merge_tokens(tokens, sizes, assignment, 5), merge_sizes(sizes, assignment, 5)
+    torch.testing.assert_close(merged, merge_by_loop(tokens, sizes, assignment, 5), rtol=0, atol=1e-12)
+    torch.testing.assert_close(new_sizes.sum(dim=1), sizes.sum(dim=1))
+    total = (merged * new_sizes[..., None]).sum(dim=1)
+    torch.testing.assert_close(total, (tokens * sizes[..., None]).sum(dim=1), rtol=0, atol=1e-12)
+
+
+def test_gradients_reach_every_token_through_a_merge():
+    tokens = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    sizes, assignment = torch.ones(2, 6, dtype=torch.float64), torch.tensor([[0, 0, 1, 0, 2, 1], [0, 1, 1, 1, 1, 2]])
+    assert torch.autograd.gradcheck(lambda tokens: merge_tokens(tokens, sizes, assignment, 3), tokens)
+
+
+def test_bfloat16_merging_rounds_once():
+    torch.manual_seed(0)
+    tokens, sizes = torch.randn(2, 40, 16).bfloat16(), torch.randint(1, 30, (2, 40)).float()
+    assignment = torch.randint(0, 5, (2, 40))
+    merged = merge_tokens(tokens, sizes, assignment, 5)
+    assert merged.dtype == torch.bfloat16
+    expected = merge_by_loop(tokens.double(), sizes.double(), assignment, 5)
+    torch.testing.assert_close(merged.double(), expected, rtol=2**-7, atol=2e-3)
+
+
+def test_composition_is_one_step_after_the_other():
+    torch.manual_seed(0)
+    tokens, ones = torch.randn(2, 16, 4, dtype=torch.float64), torch.ones(2, 16, dtype=torch.float64)
+    first = match_tokens(joint_similarity_features(tokens), None, 5)
+    merged, sizes = merge_tokens(tokens, ones, first, 11), merge_sizes(ones, first, 11)
+    second = match_tokens(joint_similarity_features(merged), None, 4)
+    twice = merge_tokens(merged, sizes, second, 7)
+    torch.testing.assert_close(merge_tokens(tokens, ones, compose(first, second), 7), twice, rtol=0, atol=1e-12)
+
+
+def test_unmerge_gives_every_patch_its_token():
+    tokens = torch.arange(6.0).view(2, 3, 1)
+    token_map = torch.tensor([[0, 0, 1, 2], [2, 1, 0, 0]])
+    assert unmerge(tokens, token_map)[..., 0].tolist() == [[0, 0, 1, 2], [5, 4, 3, 3]]

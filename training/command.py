@@ -1,0 +1,46 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""The command `mlip`: finds the subcommands that are installed, runs one, and turns its errors into one line.
+
+A subcommand is an entry point of the group `mlip.commands`, so that each lives with the code that it calls.
+"""
+
+import sys
+from importlib.metadata import entry_points
+
+from huggingface_hub.errors import StrictDataclassError
+
+ENTRY_POINT_GROUP = "mlip.commands"
+
+
+def error_line(error: BaseException) -> str:
+    """What went wrong, without the layers that report it: a validator of a configuration wraps its own error."""
+    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip() or type(error).__name__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `mlip COMMAND ...`; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    if not arguments or arguments[0] not in commands:
+        asked_for_help = arguments[:1] in (["-h"], ["--help"])
+        listing = ", ".join(sorted(commands))
+        print(f"usage: mlip COMMAND ...\n\ncommands: {listing}\n'mlip COMMAND --help' describes one of them.")
+        if arguments and not asked_for_help:
+            print(f"mlip: error: there is no command {arguments[0]!r}; choose one of {listing}.", file=sys.stderr)
+        return 0 if asked_for_help else 2
+    name = arguments[0]
+    try:
+        commands[name].load()(arguments[1:])
+    except (ValueError, OSError, StrictDataclassError) as error:
+        print(f"mlip {name}: error: {error_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"mlip {name}: stopped from the keyboard.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

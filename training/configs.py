@@ -1,0 +1,115 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Where a configuration comes from: a name, a folder, or a CLIP model; and overrides from the command line."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, CLIPConfig
+
+from modeling_mlip import MLIPConfig, MLIPVisionConfig
+
+# name -> (vision keys, text keys, projection_dim), the sizes of OpenCLIP's models of that name; tiny is for a CPU.
+NAMED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "tiny": (
+        dict(image_size=64, patch_size=8, hidden_size=192, num_hidden_layers=6, num_attention_heads=3),
+        dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=32),
+        192,
+    ),
+    "vit-b-32": (
+        dict(image_size=224, patch_size=32, hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
+        dict(hidden_size=512, num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77),
+        512,
+    ),
+    "vit-b-16": (
+        dict(image_size=224, patch_size=16, hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
+        dict(hidden_size=512, num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77),
+        512,
+    ),
+    "vit-l-14": (
+        dict(image_size=224, patch_size=14, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
+        dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=77),
+        768,
+    ),
+}
+
+
+def named_config(name: str) -> MLIPConfig:
+    """The configuration of that name, or of the folder of that name.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    if name in NAMED_CONFIGS:
+        vision, text, projection_dim = NAMED_CONFIGS[name]
+        towers = [
+            {
+                **keys,
+                "intermediate_size": 4 * keys["hidden_size"],
+                "hidden_act": "gelu",
+                "projection_dim": projection_dim,
+            }
+            for keys in (vision, text)
+        ]
+        return MLIPConfig(vision_config=towers[0], text_config=towers[1], projection_dim=projection_dim)
+    if (Path(name) / "config.json").is_file():
+        return pretrained_config(name)
+    raise ValueError(
+        f"config_name={name!r} is unknown; choose one of {', '.join(NAMED_CONFIGS)}, or a folder with a config.json."
+    )
+
+
+def pretrained_config(name_or_path: str) -> MLIPConfig:
+    """The configuration of a saved MLIP model, or of a CLIP model of transformers as MLIP's.
+
+    Raises:
+        ValueError: if it is of another kind of model.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    if isinstance(config, MLIPConfig):
+        return config
+    if isinstance(config, CLIPConfig):
+        return MLIPConfig.from_clip_config(config)
+    raise ValueError(
+        f"{name_or_path} holds a model of type {config.model_type!r}; take an MLIP model or a CLIP model of "
+        "transformers. An OpenCLIP checkpoint becomes one with 'mlip convert'."
+    )
+
+
+def _own_fields(config_class: Any) -> dict[str, Any]:
+    """Fields of a configuration that are its own or CLIP's, and not those of every configuration."""
+    classes = [base for base in config_class.__mro__ if base.__module__.endswith(("_mlip", "_clip"))]
+    names = [name for base in reversed(classes) for name in base.__dict__.get("__annotations__", {})]
+    return {name: field for name in names if (field := config_class.__dataclass_fields__.get(name)) is not None}
+
+
+# Every key of the model's and the vision tower's configuration is a flag; the model's wins where both have one.
+MODEL_FIELDS = {k: v for k, v in _own_fields(MLIPConfig).items() if k not in ("text_config", "vision_config")}
+VISION_FIELDS = {k: v for k, v in _own_fields(MLIPVisionConfig).items() if k not in MODEL_FIELDS}
+
+
+def override_config(config: MLIPConfig, overrides: dict[str, Any]) -> MLIPConfig:
+    """A copy of the configuration with some keys of the model or of the vision tower changed, validated as a whole.
+
+    Raises:
+        ValueError: for a key that neither has.
+    """
+    unknown = sorted(set(overrides) - set(MODEL_FIELDS) - set(VISION_FIELDS))
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: not a key of MLIPConfig or MLIPVisionConfig.")
+    model = {name: value for name, value in overrides.items() if name in MODEL_FIELDS}
+    vision = {name: value for name, value in overrides.items() if name in VISION_FIELDS}
+    if "hidden_size" in vision:  # sizes that follow it, unless they are given too
+        vision.setdefault("frequency_hidden_size", None)
+        vision.setdefault("intermediate_size", 4 * vision["hidden_size"])
+    if "projection_dim" in model:
+        vision["projection_dim"] = model["projection_dim"]
+    text = {"projection_dim": model["projection_dim"]} if "projection_dim" in model else {}
+    values = config.to_dict()
+    return MLIPConfig(
+        **{
+            **values,
+            **model,
+            "vision_config": {**values["vision_config"], **vision},
+            "text_config": {**values["text_config"], **text},
+        }
+    )

@@ -1,0 +1,198 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""The embedded data set: textured shapes with captions, drawn here, for the demo and the tests.
+
+An image holds one shape on a grey, noisy background. Shape, colour, size and place can be told from low frequencies,
+the texture (coarse, medium or fine stripes) from the spatial frequency alone: within each shape the stripes are
+normalised to mean 0 and one contrast, so neither the colour nor the contrast gives it away.
+
+Combinations of shape, colour and texture are held out: the validation split holds only such as training never shows,
+while training shows every pair of values.
+"""
+
+import io
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "shape": ("circle", "square", "triangle", "star", "cross", "ring"),
+    "colour": ("red", "green", "blue", "yellow", "purple", "turquoise"),
+    "texture": ("coarse", "medium", "fine"),
+}
+PROMPTS: dict[str, str] = {
+    "shape": "a {} with stripes",
+    "colour": "a {} shape with stripes",
+    "texture": "a shape with {} stripes",
+}
+
+# Every channel keeps clear of 0 and 1, so that stripes and noise are not clipped.
+COLOURS = np.array(
+    [[0.75, 0.3, 0.3], [0.3, 0.65, 0.3], [0.3, 0.35, 0.75], [0.72, 0.68, 0.3], [0.6, 0.3, 0.68], [0.3, 0.68, 0.68]],
+    dtype=np.float32,
+)
+PERIODS = np.array(
+    [0.2, 0.1, 0.05], dtype=np.float32
+)  # of the stripes, in image sides; in the order of ATTRIBUTES["texture"]
+STRIPE_CONTRAST = 0.12  # standard deviation of the stripes within the shape
+NOISE = 0.02
+
+SIZES = ("small", "large")
+RADII = np.array([[0.14, 0.17], [0.22, 0.26]])  # lowest and highest, in image sides
+PLACES = (
+    *("at the top left", "at the top", "at the top right"),
+    *("on the left", "in the centre", "on the right"),
+    *("at the bottom left", "at the bottom", "at the bottom right"),
+)
+FULL_WORDINGS = (
+    "a {size} {colour} {shape} with {texture} stripes {place}",
+    "{place} a {size} {colour} {shape} with {texture} stripes",
+    "a {colour} {shape} with {texture} stripes, {size}, {place}",
+)
+# Training alone sees these; they teach the words of PROMPTS.
+SHORT_WORDINGS = ("a {shape} with stripes", "a {colour} shape with stripes", "a shape with {texture} stripes")
+SHORT_SHARE = 0.15
+
+
+def held_out(shape: np.ndarray, colour: np.ndarray, texture: np.ndarray) -> np.ndarray:
+    """Whether a combination is kept for validation: for each shape and texture, one colour of six."""
+    return (shape + colour + 2 * texture) % 6 == 0
+
+
+def shapes_dataset(
+    num_train: int = 6000, num_validation: int = 300, image_size: int = 64, seed: int = 0
+) -> DatasetDict:
+    """Draw the data set.
+
+    No two of up to 324 validation images show the same combination, size and place, so retrieval among them is well
+    posed. Training shows each of its 1620 scenes once before any comes again.
+
+    Returns:
+        Splits `train` and `validation` with the columns image, caption, shape, colour, texture.
+    """
+    if image_size < 64:
+        raise ValueError(f"image_size={image_size}: choose at least 64, or the fine stripes vanish.")
+    grid = np.meshgrid(*(np.arange(len(ATTRIBUTES[name])) for name in ATTRIBUTES), indexing="ij")
+    combinations = np.stack(grid, axis=-1).reshape(-1, 3)
+    unseen = held_out(*combinations.T)
+    rng = np.random.default_rng(seed)
+    return DatasetDict(
+        train=_split(num_train, combinations[~unseen], image_size, rng, short_share=SHORT_SHARE),
+        validation=_split(num_validation, combinations[unseen], image_size, rng, short_share=0.0),
+    )
+
+
+def _split(
+    num: int, combinations: np.ndarray, image_size: int, rng: np.random.Generator, short_share: float
+) -> Dataset:
+    # Every (combination, size, place) once, in random order, then again: nothing repeats before all have come.
+    scenes = len(combinations) * len(SIZES) * len(PLACES)
+    rounds = [rng.permutation(scenes) for _ in range(-(-num // scenes))]
+    scene = np.concatenate([*rounds, np.zeros(0, int)])[:num]
+    combination, size, place = np.unravel_index(scene, (len(combinations), len(SIZES), len(PLACES)))
+    shape, colour, texture = combinations[combination].T
+    short = rng.random(num) < short_share
+    wording = rng.integers(3, size=num)
+
+    captions = [
+        (SHORT_WORDINGS if short[i] else FULL_WORDINGS)[wording[i]].format(
+            shape=ATTRIBUTES["shape"][shape[i]],
+            colour=ATTRIBUTES["colour"][colour[i]],
+            texture=ATTRIBUTES["texture"][texture[i]],
+            size=SIZES[size[i]],
+            place=PLACES[place[i]],
+        )
+        for i in range(num)
+    ]
+    images = []
+    for start in range(0, num, 256):
+        part = slice(start, start + 256)
+        pixels = draw(shape[part], colour[part], texture[part], size[part], place[part], image_size, rng)
+        images += [{"bytes": _png(image), "path": None} for image in pixels]
+
+    features = {"image": Image(), "caption": Value("string")}
+    features |= {name: ClassLabel(names=list(values)) for name, values in ATTRIBUTES.items()}
+    columns = {"image": images, "caption": captions, "shape": shape, "colour": colour, "texture": texture}
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def draw(
+    shape: np.ndarray,
+    colour: np.ndarray,
+    texture: np.ndarray,
+    size: np.ndarray,
+    place: np.ndarray,
+    image_size: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Draw B images from indices (B,) into the tables above; uint8 (B, S, S, 3)."""
+    B, S = len(shape), image_size
+
+    def uniform(low, high) -> np.ndarray:
+        return rng.uniform(low, high, B).astype(np.float32)[:, None, None]
+
+    axis = (np.arange(S, dtype=np.float32) + 0.5) / S
+    radius = uniform(*RADII[size].T)
+    row, column = np.divmod(place, 3)
+    x = axis - uniform(0.47, 0.53) - 0.21 * (column - 1).astype(np.float32)[:, None, None]  # (B, 1, S)
+    y = axis[:, None] - uniform(0.47, 0.53) - 0.21 * (row - 1).astype(np.float32)[:, None, None]  # (B, S, 1)
+
+    turn = uniform(-0.2, 0.2)
+    u = (x * np.cos(turn) + y * np.sin(turn)) / radius  # (B, S, S)
+    v = (y * np.cos(turn) - x * np.sin(turn)) / radius
+    inside = np.empty((B, S, S), dtype=bool)
+    for index, contains in enumerate((_circle, _square, _triangle, _star, _cross, _ring)):
+        chosen = shape == index
+        inside[chosen] = contains(u[chosen], v[chosen])
+
+    direction, phase = uniform(0, np.pi), uniform(0, 2 * np.pi)
+    distance = x * np.cos(direction) + y * np.sin(direction)
+    wave = np.sin(2 * np.pi * distance / PERIODS[texture][:, None, None] + phase)
+    area = inside.sum(axis=(1, 2), keepdims=True)
+    wave -= (wave * inside).sum(axis=(1, 2), keepdims=True) / area
+    wave /= np.sqrt((wave**2 * inside).sum(axis=(1, 2), keepdims=True) / area)
+
+    striped = COLOURS[colour][:, None, None, :] + STRIPE_CONTRAST * wave[..., None]
+    grey = uniform(0.2, 0.9)[..., None]
+    pixels = np.where(inside[..., None], striped, grey)
+    pixels += NOISE * rng.standard_normal(pixels.shape, dtype=np.float32)
+    return (pixels * 255 + 0.5).clip(0, 255).astype(np.uint8)
+
+
+# Which points (u, v) lie inside a shape of radius 1; v points down.
+
+
+def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return u**2 + v**2 < 1
+
+
+def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(abs(u), abs(v)) < 0.8
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(v, abs(u) * np.sqrt(0.75) - v / 2) < 0.55
+
+
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # Folded into the wedge between a tip, at (1, 0), and the notch beside it, one straight edge is left.
+    half = np.pi / 5
+    angle = np.arctan2(u, -v) % (2 * half)
+    angle = np.minimum(angle, 2 * half - angle)
+    along, across = np.hypot(u, v) * np.cos(angle), np.hypot(u, v) * np.sin(angle)
+    notch_along, notch_across = 0.5 * np.cos(half), 0.5 * np.sin(half)
+    return (along - 1) * notch_across + across * (1 - notch_along) < 0
+
+
+def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return (np.minimum(abs(u), abs(v)) < 0.35) & (np.maximum(abs(u), abs(v)) < 0.95)
+
+
+def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return abs(np.hypot(u, v) - 0.77) < 0.23
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
