@@ -86,22 +86,6 @@ class MLIPVisionConfig(CLIPVisionConfig):
             return sorted(self.merge_layers)
         return sorted({self.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3)})
 
-    def validate_merging(self):
-        if not 0 <= self.merge_ratio < 1:
-            raise ValueError(
-                f"merge_ratio={self.merge_ratio} is not a share of tokens: choose 0 <= merge_ratio < 1, "
-                "for example 0.5 to merge half of the patch tokens away."
-            )
-        _validate_choice("merge_method", self.merge_method, MERGE_METHODS)
-        for layer in self.merge_layers if self.merge_layers is not None else []:
-            if not 0 <= layer < self.num_hidden_layers:
-                raise ValueError(
-                    f"merge_layers={self.merge_layers}: layer {layer} does not exist; with "
-                    f"num_hidden_layers={self.num_hidden_layers} choose from 0 to {self.num_hidden_layers - 1}."
-                )
-        if self.merge_layers is not None and len(set(self.merge_layers)) < max(len(self.merge_layers), 1):
-            raise ValueError(f"merge_layers={self.merge_layers}: name at least one layer, and each once.")
-
     def validate_geometry(self):
         for name in ("image_size", "patch_size"):
             if not isinstance(getattr(self, name), int):
@@ -115,6 +99,28 @@ class MLIPVisionConfig(CLIPVisionConfig):
         _validate_choice("pooling", self.pooling, ("class", "mean"))
         if self.frequency_layers < 0:
             raise ValueError(f"frequency_layers={self.frequency_layers}: choose 0 (no frequency stage) or more.")
+
+    def validate_merging(self):
+        if not 0 <= self.merge_ratio < 1:
+            raise ValueError(
+                f"merge_ratio={self.merge_ratio} is not a share of tokens: choose 0 <= merge_ratio < 1, "
+                "for example 0.5 to merge half of the patch tokens away."
+            )
+        num_patches = (self.image_size // self.patch_size) ** 2
+        if round(num_patches * (1 - self.merge_ratio)) < 1:
+            raise ValueError(
+                f"merge_ratio={self.merge_ratio} leaves none of {num_patches} patch tokens; "
+                f"choose at most {1 - 1 / num_patches:.3f}, larger images or smaller patches."
+            )
+        _validate_choice("merge_method", self.merge_method, MERGE_METHODS)
+        for layer in self.merge_layers if self.merge_layers is not None else []:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise ValueError(
+                    f"merge_layers={self.merge_layers}: layer {layer} does not exist; with "
+                    f"num_hidden_layers={self.num_hidden_layers} choose from 0 to {self.num_hidden_layers - 1}."
+                )
+        if self.merge_layers is not None and len(set(self.merge_layers)) < max(len(self.merge_layers), 1):
+            raise ValueError(f"merge_layers={self.merge_layers}: name at least one layer, and each once.")
 
 
 @strict

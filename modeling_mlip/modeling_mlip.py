@@ -450,8 +450,6 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             changed = copy.copy(tower.config)
             changed.merge_ratio = merge_ratio
             changed.validate()
-            num_patches = (changed.image_size // changed.patch_size) ** 2
-            merge_schedule(num_patches, merge_ratio, len(changed.resolved_merge_layers))
             tower.config.merge_ratio = merge_ratio
 
 

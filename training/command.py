@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         commands[name].load()(arguments[1:])
     except (ValueError, OSError, StrictDataclassError) as error:
-        print(f"mlip {name}: error: {error_line(error)}", file=sys.stderr)
+        # On a line of its own: a progress bar may stand on the current one.
+        print(f"\nmlip {name}: error: {error_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"mlip {name}: stopped from the keyboard.", file=sys.stderr)
