@@ -406,10 +406,20 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises every parameter and buffer of `module`; what CLIP has, as CLIP does."""
+        """Initialises every parameter and buffer of `module`; what CLIP has as OpenAI's CLIP does.
+
+        transformers gives the input projections of attention the standard deviation of the output projection and the
+        other way round, which learns far more slowly: see `initialize_parameters` in
+        https://github.com/openai/CLIP/blob/d05afc436d78f1c48dc0dbf8e5980a9d471f35f6/clip/model.py#L299
+        """
         super()._init_weights(module)
         factor = self.config.initializer_factor
-        if isinstance(module, MLIPFrequencyBlock):
+        if isinstance(module, CLIPAttention):
+            std = module.embed_dim**-0.5 * factor
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.normal_(projection.weight, std=std)
+            init.normal_(module.out_proj.weight, std=std * (2 * module.config.num_hidden_layers) ** -0.5)
+        elif isinstance(module, MLIPFrequencyBlock):
             std = module.config.initializer_range * factor
             for weight in (module.spectral_filter, module.fc1.weight, module.fc2.weight):
                 init.normal_(weight, std=std)

@@ -29,6 +29,10 @@ class ModelArguments:
         },
     )
 
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "sdpa or eager; on a CPU eager trains faster on short sequences."}
+    )
+
 
 @dataclass
 class DataArguments:

@@ -39,7 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
         output_dir=str(folder), num_train_epochs=flags.num_train_epochs, learning_rate=1e-3, save_strategy="no"
     )
     training_args.do_train = True
-    train(ModelArguments(config_name="tiny"), data_args, training_args, {"merge_ratio": flags.merge_ratio})
+    train(
+        ModelArguments(config_name="tiny", attn_implementation="eager"),
+        data_args,
+        training_args,
+        {"merge_ratio": flags.merge_ratio},
+    )
 
     # Step (2): load it as anyone would
     model = AutoModel.from_pretrained(folder).eval()

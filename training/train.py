@@ -108,17 +108,23 @@ def _inner(row: dict[str, Any], column: str) -> Any:
 
 def build_model(model_args: ModelArguments, config: MLIPConfig, tokenizer: CLIPTokenizer) -> MLIPModel:
     """The model, from scratch with the tokenizer's vocabulary or with the weights to start from."""
+    attention = model_args.attn_implementation
     if model_args.model_name_or_path is None:
         text = config.text_config.to_dict()
         text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return MLIPModel(MLIPConfig(**{**config.to_dict(), "text_config": {**text, "vocab_size": len(tokenizer)}}))
+        config = MLIPConfig(**{**config.to_dict(), "text_config": {**text, "vocab_size": len(tokenizer)}})
+        return MLIPModel._from_config(config, attn_implementation=attention)
     if len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the model {config.text_config.vocab_size}; take the "
             "tokenizer of the model by leaving out --tokenizer_name."
         )
     model, report = MLIPModel.from_pretrained(
-        model_args.model_name_or_path, config=config, output_loading_info=True, dtype="float32"
+        model_args.model_name_or_path,
+        config=config,
+        output_loading_info=True,
+        dtype="float32",
+        attn_implementation=attention,
     )
     if "token_visual_projection.weight" in report["missing_keys"]:
         model.start_tokens_from_projections()
