@@ -404,6 +404,11 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
     ]
     _can_record_outputs = {"hidden_states": CLIPEncoderLayer, "attentions": CLIPAttention}
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers passes over containers without parameters of their own in custom code, in case it writes over
+        # loaded weights. `_init_weights` never does, and attention is such a container.
+        super()._initialize_weights(module, is_custom_code=False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises every parameter and buffer of `module`; what CLIP has as OpenAI's CLIP does.
