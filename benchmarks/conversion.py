@@ -1,0 +1,200 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Parity, seconds and memory of conversion for all plain ViT configurations of open_clip.
+
+    python benchmarks/conversion.py              # all; what is measured already is kept
+    python benchmarks/conversion.py --only ViT-B-32
+    python benchmarks/conversion.py --only ViT-g-14 --full
+
+Each configuration gets random weights (norms, biases and LayerScale too), is written as an OpenCLIP folder, converted
+as `mlip convert` does it and compared with open_clip, each step in a process of its own. Models above ViT-H/14 are
+converted on the meta device, which checks names and shapes both ways but no values, unless `--full` is given.
+Tokenizers that would have to be downloaded are replaced by stand-ins with the same special ids. "memory" is the peak
+resident set of the converting process over that after its imports, in units of the checkpoint; mapped files count.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "conversion.json"
+LARGE = ("ViT-g-", "ViT-bigG-", "ViT-e-")
+# Special ids of the tokenizers that OpenCLIP names.
+SPECIAL = {
+    "bert-base-uncased": {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102},
+    "google/mt5-base": {"<pad>": 0, "</s>": 1, "<unk>": 2},
+    "facebook/xlm-v-base": {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3},
+}
+ROLES = {
+    "[PAD]": "pad_token", "[UNK]": "unk_token", "[CLS]": "cls_token", "[SEP]": "sep_token",
+    "<pad>": "pad_token", "<unk>": "unk_token", "<s>": "bos_token", "</s>": "eos_token",
+}  # fmt: skip
+
+
+def names() -> list[str]:
+    """open_clip's configurations with its own ViT and text transformer."""
+    import open_clip
+
+    def plain(config: dict) -> bool:
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        own_vision = "timm_model_name" not in vision and isinstance(vision.get("layers"), int)
+        return own_vision and "hf_model_name" not in text and "multimodal_cfg" not in config
+
+    return [name for name in open_clip.list_models() if plain(open_clip.get_model_config(name))]
+
+
+def make(name: str, folder: Path) -> None:
+    """An OpenCLIP folder with random weights."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    model_cfg = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        shapes = open_clip.CLIP(**model_cfg).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    state = {key: random_tensor(key, tensor.shape, generator) for key, tensor in shapes.items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
+    if tokenizer := model_cfg["text_cfg"].get("hf_tokenizer_name"):
+        stand_in_tokenizer(SPECIAL[tokenizer]).save_pretrained(folder)
+
+
+def random_tensor(key: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Values of the size that training leaves, so that every parameter counts in the outcome."""
+    if key == "logit_scale":
+        return torch.tensor(100.0).log()
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) < 2:
+        centre = 1.0 if "ln_" in key and key.endswith("weight") else 0.3 if key.endswith("gamma") else 0.0
+        return centre + 0.1 * noise
+    if "embedding" in key:
+        return 0.1 * noise
+    fan_in = shape[0] if key in ("visual.proj", "text_projection") else shape[1:].numel()
+    return fan_in**-0.5 * noise
+
+
+def stand_in_tokenizer(special: dict[str, int]):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    free = (number for number in range(1000) if number not in special.values())
+    vocab = special | dict(zip("abcdefghijklmnopqrstuvwxyz", free, strict=False))
+    unknown = next(token for token in special if ROLES[token] == "unk_token")
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{ROLES[token]: token for token in special})
+
+
+def measure(folder: Path) -> dict:
+    """Convert and write as `mlip convert` does."""
+    import open_clip  # noqa: F401  its import is not part of what is measured
+
+    from modeling_mlip.conversion.convert import convert, new_folder, write_mlip
+
+    before, began = _peak_bytes(), time.perf_counter()
+    conversion = convert(folder)
+    with new_folder(folder / "mlip", overwrite=False) as target:
+        write_mlip(conversion, target)
+    seconds, peak = time.perf_counter() - began, _peak_bytes()
+    size = conversion.source.num_bytes
+    differences = conversion.report.differences()
+    parity = {key: differences[key] for key in ("image embeddings", "text embeddings", "logits")}
+    worst = conversion.report.worst
+    return {"parity": parity, "worst": worst, "seconds": seconds, "peak_bytes": peak, "checkpoint_bytes": size,
+            "memory": (peak - before) / size}  # fmt: skip
+
+
+def measure_on_meta(name: str) -> dict:
+    """Names and shapes, there and back."""
+    import open_clip
+
+    from modeling_mlip import MLIPConfig, MLIPModel
+    from modeling_mlip.conversion import configs, tables
+
+    began = time.perf_counter()
+    model_cfg = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        theirs = open_clip.CLIP(**model_cfg).state_dict()
+        model = MLIPModel(MLIPConfig(**configs.mlip_config_of_open_clip(model_cfg))).state_dict()
+    shapes = {key: tensor.shape for key, tensor in model.items() if not tables.is_own(key)}
+    back = tables.from_mlip(tables.to_mlip(theirs, tables.OPEN_CLIP, shapes), tables.OPEN_CLIP)
+    if {key: tensor.shape for key, tensor in back.items()} != {key: tensor.shape for key, tensor in theirs.items()}:
+        raise ValueError(f"{name} does not come back with the same names and shapes.")
+    size = sum(tensor.nbytes for tensor in theirs.values())
+    return {"meta": True, "seconds": time.perf_counter() - began, "checkpoint_bytes": size}
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _step(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def run(name: str, full: bool) -> dict:
+    if name.startswith(LARGE) and not full:
+        return json.loads(_step("--meta", name))
+    with tempfile.TemporaryDirectory() as folder:
+        _step("--make", name, folder)
+        return json.loads(_step("--measure", folder))
+
+
+def row(name: str, result: dict) -> str:
+    gigabytes = f"{result['checkpoint_bytes'] / 1e9:6.2f}"
+    if "error" in result:
+        return f"{name:<30} {result['error']}"
+    if result.get("meta"):
+        return f"{name:<30} {gigabytes}   names and shapes agree {result['seconds']:21.1f}"
+    parity = result["parity"]
+    return (
+        f"{name:<30} {gigabytes} {parity['image embeddings']:10.1e} {parity['text embeddings']:10.1e} "
+        f"{parity['logits']:10.1e} {result['seconds']:8.1f} {result['peak_bytes'] / 1e9:8.2f} {result['memory']:7.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="one configuration, measured anew")
+    parser.add_argument("--full", action="store_true", help="also those above ViT-H/14 with values")
+    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--meta", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.make:
+        return make(arguments.make[0], Path(arguments.make[1]))
+    if arguments.measure or arguments.meta:
+        result = measure(Path(arguments.measure)) if arguments.measure else measure_on_meta(arguments.meta)
+        return print(json.dumps(result))
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    heads = f"{'image':>10} {'text':>10} {'logits':>10} {'seconds':>8} {'peak GB':>8} {'memory':>7}"
+    print(f"{'configuration':<30} {'GB':>6} {heads}")
+    wanted = [arguments.only] if arguments.only else names()
+    for name in wanted:
+        if arguments.only or name not in results or "error" in results[name]:
+            try:
+                results[name] = run(name, arguments.full)
+            except RuntimeError as error:
+                results[name] = {"error": str(error), "checkpoint_bytes": 0}
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(row(name, results[name]), flush=True)
+    good = [name for name in wanted if results[name].get("meta") or results[name].get("worst", 1) <= 1e-4]
+    full = [name for name in good if not results[name].get("meta")]
+    print(f"{len(good)} of {len(wanted)} agree, {len(full)} of them in values (largest difference allowed: 1e-4)")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""`mlip convert SRC DST`: any CLIP or OpenCLIP checkpoint to MLIP, and back.
+
+mlip convert laion/CLIP-ViT-B-32-laion2B-s34B-b79K mlip-b32 --merge-ratio 0.5
+mlip convert epoch_32.pt mlip-b16 --model ViT-B-16
+mlip convert mlip-b32 exported --to both
+"""
+
+import argparse
+import time
+
+from .configs import towers
+from .convert import (
+    Conversion,
+    check_target,
+    convert,
+    export,
+    new_folder,
+    write_exported,
+    write_mlip,
+    write_reports,
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Raises:
+    ValueError, OSError: in one line that says what to do.
+    """
+    arguments = _parser().parse_args(argv)
+    began = time.perf_counter()
+    check_target(arguments.target, arguments.overwrite)
+    overrides = {name: getattr(arguments, name) for name in ("merge_ratio", "merge_layers", "merge_method")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+
+    print(f"Reading {arguments.source}")
+    conversion = convert(arguments.source, arguments.model, overrides)
+    _say(conversion)
+    if arguments.to == "mlip":
+        with new_folder(arguments.target, arguments.overwrite) as folder:
+            write_mlip(conversion, folder)
+    else:
+        exported, notes = export(conversion.model, conversion.processor, arguments.to, arguments.drop_frequency)
+        for part in exported:
+            print(part.report or f"Parity of {part.format} was not checked: install open_clip_torch.")
+        for note in notes:
+            print(f"Note: {note}")
+        with new_folder(arguments.target, arguments.overwrite) as folder:
+            write_exported(exported, conversion.processor, conversion.model.config, folder)
+            reports = {part.format: part.report for part in exported}
+            write_reports(reports, conversion.notes + notes, conversion.source.name, folder)
+    print(f"Wrote {arguments.target} in {time.perf_counter() - began:.1f} s")
+
+
+def _say(conversion: Conversion) -> None:
+    source = conversion.source
+    vision, text = towers(conversion.model.config)
+    print(
+        f"Found {source.kind}: {source.num_bytes / 1e6:.0f} MB, image tower {vision.num_hidden_layers} x "
+        f"{vision.hidden_size} ({vision.image_size}/{vision.patch_size}, {vision.hidden_act}, {vision.pooling} "
+        f"pooling), text tower {text.num_hidden_layers} x {text.hidden_size} ({text.vocab_size} tokens, "
+        f"{text.pooling} pooling)"
+    )
+    for note in conversion.notes:
+        print(f"Note: {note}")
+    if conversion.report is not None:
+        print(conversion.report)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlip convert", description="Convert CLIP and OpenCLIP checkpoints to MLIP and back."
+    )
+    parser.add_argument("source", metavar="SRC", help="folder, checkpoint file or Hub id")
+    parser.add_argument("target", metavar="DST", help="folder to write")
+    parser.add_argument(
+        "--model", help="for a checkpoint file: a name of OpenCLIP (ViT-B-32), a JSON config, or openai"
+    )
+    parser.add_argument(
+        "--merge-ratio", "--merge_ratio", type=float, help="share of patch tokens to merge away, 0 <= r < 1"
+    )
+    parser.add_argument(
+        "--merge-layers", "--merge_layers", type=int, nargs="+", help="layers that merge, counted from 0"
+    )
+    parser.add_argument("--merge-method", "--merge_method", help="mlip or tome")
+    parser.add_argument("--to", choices=("mlip", "open_clip", "clip", "both"), default="mlip", help="format to write")
+    parser.add_argument("--drop-frequency", "--drop_frequency", action="store_true",
+                        help="export without a frequency stage that the model uses")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model folder")
+    return parser

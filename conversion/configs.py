@@ -1,0 +1,367 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Configurations: OpenCLIP's model names and model_cfg, and transformers' CLIPConfig, to MLIPConfig and back.
+
+What MLIP does not compute is refused here, before any weight is read.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPConfig
+
+from modeling_mlip import MLIPConfig
+
+SUPPORTED = "MLIP converts CLIP and the plain ViTs of OpenCLIP (ViT-S/M/B/L/H/g/e/bigG, their text transformer)"
+CLIP_VOCAB, CLIP_BOS, CLIP_EOS = 49408, 49406, 49407
+
+# Shapes of OpenCLIP's plain ViTs: embed_dim (also the text width), vision width, vision layers, text layers, and what
+# differs from OpenCLIP's defaults (head_width 64, mlp_ratio 4). The text heads are 64 wide everywhere.
+SIZES: dict[str, tuple[int, int, int, int, dict[str, float]]] = {
+    "S": (384, 384, 12, 12, {}),
+    "S-alt": (256, 384, 12, 10, {}),
+    "M": (512, 512, 12, 12, {}),
+    "M-alt": (384, 512, 12, 12, {}),
+    "B": (512, 768, 12, 12, {}),
+    "B-plus": (640, 896, 12, 12, {}),
+    "L": (768, 1024, 24, 12, {}),
+    "H": (1024, 1280, 32, 24, {"head_width": 80}),
+    "g": (1024, 1408, 40, 24, {"head_width": 88, "mlp_ratio": 4.3637}),
+    "bigG": (1280, 1664, 48, 32, {"head_width": 104, "mlp_ratio": 4.9231}),
+    "e": (1280, 1792, 56, 36, {"head_width": 112, "mlp_ratio": 8.5715}),
+}
+LAYER_SCALE = {"ViT-M-16-alt": 1e-4}  # and not its sibling ViT-M-32-alt
+NAME = re.compile(
+    r"ViT-(?P<size>S|M|B|L|H|g|e|bigG)-(?P<patch>14|16|32)(?P<shape>-alt|-plus)?"
+    r"(?P<family>-CLIPA|-worldwide)?(?:-(?P<image>\d{3}))?(?P<act>-quickgelu)?"
+)
+CLIPA_VISION = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+CLIPA_TEXT = {
+    "context_length": 32,
+    "vocab_size": 32000,
+    "hf_tokenizer_name": "bert-base-uncased",
+    "tokenizer_kwargs": {"strip_sep_token": True},
+    "pool_type": "last",
+    "no_causal_mask": True,
+}
+MT5_TEXT = {
+    "hf_tokenizer_name": "google/mt5-base",
+    "pool_type": "eos",
+    "eos_id": 1,
+    "tokenizer_kwargs": {"clean": "canonicalize"},
+    "vocab_size": 250100,
+}
+XLM_TEXT = {"hf_tokenizer_name": "facebook/xlm-v-base", "pool_type": "eos", "eos_id": 2, "vocab_size": 901629}
+
+# OpenCLIP's defaults of vision_cfg and text_cfg; `None` and 0 switch a feature off.
+VISION_DEFAULTS: dict[str, Any] = {
+    "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224,
+    "ls_init_value": None, "no_ln_pre": False, "pool_type": "tok", "final_ln_after_pool": False,
+    "act_kwargs": None, "norm_kwargs": None,
+}  # fmt: skip
+TEXT_DEFAULTS: dict[str, Any] = {
+    "context_length": 77, "vocab_size": CLIP_VOCAB, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
+    "ls_init_value": None, "pad_id": 0, "eos_id": 2, "no_causal_mask": False, "pool_type": "argmax",
+    "act_kwargs": None, "norm_kwargs": None,
+    "hf_tokenizer_name": None, "tokenizer_mode": None, "tokenizer_kwargs": None,
+}  # fmt: skip
+# Keys that do not change what a trained model computes.
+IGNORED = {
+    "patch_dropout", "output_tokens", "pos_embed_type", "attn_pooler_queries", "attn_pooler_heads",
+    "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
+    "hf_model_pretrained", "hf_proj_type", "hf_pooler_type",
+}  # fmt: skip
+# Keys that must be off, and how to call the tower that has them.
+REFUSED = {
+    "timm_model_name": "the timm image tower {}",
+    "hf_model_name": "the Hugging Face text tower {}",
+    "attentional_pool": "an image tower with attentional pooling (CoCa)",
+    "embed_cls": "a text tower with a class embedding (CoCa)",
+    "proj_bias": "a text projection with a bias",
+    "qk_norm": "a tower with qk_norm",
+    "scaled_cosine_attn": "a tower with scaled_cosine_attn",
+    "scale_heads": "a tower with scale_heads",
+    "scale_attn_inner": "a tower with scale_attn_inner",
+    "scale_attn": "a tower with scale_attn",
+    "scale_fc": "a tower with scale_fc",
+}
+ACTIVATIONS = {("quick_gelu", None): "quick_gelu", ("gelu", None): "gelu", ("gelu", "tanh"): "gelu_pytorch_tanh"}
+
+
+def model_cfg_of_name(name: str) -> dict[str, Any]:
+    """OpenCLIP's model_cfg of one of its plain ViT names (`ViT-B-32-quickgelu`), or of a JSON file's path."""
+    if name.endswith(".json"):
+        return read_model_cfg(Path(name))["model_cfg"]
+    name = name.replace("/", "-")
+    found = NAME.fullmatch(name)
+    size = found and found["size"] + (found["shape"] or "")
+    if not found or size not in SIZES:
+        raise ValueError(f"--model {name}: {_tower_of_name(name)} is not supported; {SUPPORTED}, or give a JSON file.")
+    embed_dim, width, layers, text_layers, different = SIZES[size]
+    vision: dict[str, Any] = {"image_size": int(found["image"] or 224), "layers": layers, "width": width, **different}
+    vision["patch_size"] = int(found["patch"])
+    if name in LAYER_SCALE:
+        vision["ls_init_value"] = LAYER_SCALE[name]
+    text: dict[str, Any] = {"context_length": 77, "vocab_size": CLIP_VOCAB}
+    if found["family"] == "-CLIPA":
+        vision |= CLIPA_VISION
+        text |= CLIPA_TEXT
+    if found["family"] == "-worldwide":
+        text |= MT5_TEXT if found["size"] == "L" else XLM_TEXT
+    text |= {"width": embed_dim, "heads": embed_dim // 64, "layers": text_layers}
+    act = {"quick_gelu": True} if found["act"] else {}
+    return {"embed_dim": embed_dim, **act, "vision_cfg": vision, "text_cfg": text}
+
+
+def _tower_of_name(name: str) -> str:
+    for sign, tower in (
+        ("siglip", "SigLIP"),
+        ("coca", "CoCa"),
+        ("convnext", "ConvNeXt"),
+        ("RN", "a ResNet"),
+        ("EVA", "EVA"),
+    ):
+        if sign.lower() in name.lower():
+            return f"{tower} ({name})"
+    return f"{name!r}"
+
+
+def read_model_cfg(path: Path) -> dict[str, Any]:
+    """The content of an open_clip_config.json, or of a bare model_cfg as its `model_cfg`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch it again.") from None
+    content = content if "model_cfg" in content else {"model_cfg": content}
+    if not isinstance(content["model_cfg"], dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(
+        content["model_cfg"]
+    ):
+        raise ValueError(f"{path} is not a config of OpenCLIP: it needs embed_dim, vision_cfg and text_cfg.")
+    return content
+
+
+def model_cfg_of_shapes(state: dict[str, Any]) -> dict[str, Any]:
+    """OpenCLIP's model_cfg read off an OpenAI-style state dict: heads are 64 wide, the activation is QuickGELU."""
+    if "visual.proj" not in state:
+        raise ValueError(
+            f"the image tower has no visual.proj: a ResNet or another tower is not supported; {SUPPORTED}."
+        )
+    layers = [len({key.split(".")[at] for key in state if key.startswith(start)})
+              for start, at in (("visual.transformer.resblocks.", 3), ("transformer.resblocks.", 2))]  # fmt: skip
+    width, _, patch_size, _ = state["visual.conv1.weight"].shape
+    patches = state["visual.positional_embedding"].shape[0] - 1
+    context_length, text_width = state["positional_embedding"].shape
+    return {
+        "embed_dim": state["text_projection"].shape[1],
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": patch_size * math.isqrt(patches),
+            "layers": layers[0],
+            "width": width,
+            "patch_size": patch_size,
+        },
+        "text_cfg": {
+            "context_length": context_length,
+            "vocab_size": state["token_embedding.weight"].shape[0],
+            "width": text_width,
+            "heads": text_width // 64,
+            "layers": layers[1],
+        },
+    }
+
+
+def _refuse(tower: str) -> None:
+    raise ValueError(f"{tower} is not supported; {SUPPORTED}.")
+
+
+def _resolved(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    for key, value in given.items():
+        if key in REFUSED and value:
+            _refuse(REFUSED[key].format(value))
+        if key == "block_type" and value not in (None, "default"):
+            _refuse(f"a tower with {value} attention blocks")
+        if key == "proj_type" and value != "linear":
+            _refuse(f"a text tower with the projection {value!r}")
+        if key not in {*defaults, *IGNORED, *REFUSED, "block_type", "proj_type"}:
+            raise ValueError(f"{name} has the key {key}={value!r}, which MLIP does not know; {SUPPORTED}.")
+    return {**defaults, **{key: value for key, value in given.items() if key in defaults and value is not None}}
+
+
+def _square(name: str, value: Any) -> int:
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) != 1:
+        raise ValueError(f"{name}={value}: MLIP takes square images and patches.")
+    return sides.pop()
+
+
+def _tower(cfg: dict[str, Any], quick_gelu: bool) -> dict[str, Any]:
+    act = ("quick_gelu" if quick_gelu else "gelu", (cfg["act_kwargs"] or {}).get("approximate"))
+    if act not in ACTIVATIONS or set(cfg["act_kwargs"] or {}) - {"approximate"}:
+        _refuse(f"a tower with the activation {act[0]} and {cfg['act_kwargs']}")
+    if set(cfg["norm_kwargs"] or {}) - {"eps"}:
+        _refuse(f"a tower with norm_kwargs={cfg['norm_kwargs']}")
+    return {
+        "hidden_size": cfg["width"],
+        "intermediate_size": int(cfg["width"] * cfg["mlp_ratio"]),
+        "num_hidden_layers": cfg["layers"],
+        "hidden_act": ACTIVATIONS[act],
+        "layer_norm_eps": (cfg["norm_kwargs"] or {}).get("eps", 1e-5),
+        "layer_scale_init_value": cfg["ls_init_value"],
+    }
+
+
+def towers(config: MLIPConfig | CLIPConfig) -> tuple[Any, Any]:
+    """The vision config and the text config."""
+    return config.vision_config, config.text_config
+
+
+def highest_id(vocab_size: int) -> int:
+    """The id that "pool at the highest id" means: CLIP's EOS, which stays it where rows pad the vocabulary."""
+    return CLIP_EOS if vocab_size >= CLIP_VOCAB else vocab_size - 1
+
+
+def mlip_config_of_open_clip(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The keys of MLIPConfig that compute what OpenCLIP computes from `model_cfg`.
+
+    Raises:
+        ValueError: in one line that names the tower, if MLIP does not compute it.
+    """
+    if "multimodal_cfg" in model_cfg:
+        _refuse("CoCa (multimodal_cfg)")
+    if model_cfg.get("init_logit_bias") is not None:
+        _refuse("a model with a logit bias (SigLIP)")
+    if isinstance(model_cfg["vision_cfg"].get("layers"), list | tuple):
+        _refuse(f"a ResNet image tower (layers={list(model_cfg['vision_cfg']['layers'])})")
+    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias",
+             "nonscalar_logit_scale", "output_dict", "cast_dtype"}  # fmt: skip
+    if unknown := set(model_cfg) - known:
+        raise ValueError(f"model_cfg has the key {min(unknown)}, which MLIP does not know; {SUPPORTED}.")
+    vision = _resolved("vision_cfg", model_cfg["vision_cfg"], VISION_DEFAULTS)
+    text = _resolved("text_cfg", model_cfg["text_cfg"], TEXT_DEFAULTS)
+    mean, late_norm = vision["pool_type"] == "avg", vision["final_ln_after_pool"]
+    if vision["pool_type"] not in ("tok", "avg") or (mean and not late_norm):
+        _refuse(f"an image tower with pool_type={vision['pool_type']!r} and final_ln_after_pool={late_norm}")
+    if text["pool_type"] not in ("argmax", "eos", "last"):
+        _refuse(f"a text tower with pool_type={text['pool_type']!r}")
+
+    quick_gelu = bool(model_cfg.get("quick_gelu"))
+    embed_dim = model_cfg["embed_dim"]
+    argmax = text["pool_type"] == "argmax"
+    return {
+        "projection_dim": embed_dim,
+        "vision_config": {
+            **_tower(vision, quick_gelu),
+            "num_attention_heads": vision["width"] // vision["head_width"],
+            "image_size": _square("image_size", vision["image_size"]),
+            "patch_size": _square("patch_size", vision["patch_size"]),
+            "projection_dim": embed_dim,
+            "pooling": "mean" if mean else "class",
+            "use_pre_layernorm": not vision["no_ln_pre"],
+        },
+        "text_config": {
+            **_tower(text, quick_gelu),
+            "num_attention_heads": text["heads"],
+            "vocab_size": text["vocab_size"],
+            "max_position_embeddings": text["context_length"],
+            "projection_dim": embed_dim,
+            "bos_token_id": CLIP_BOS if text["vocab_size"] == CLIP_VOCAB and argmax else None,
+            "eos_token_id": highest_id(text["vocab_size"]) if argmax else text["eos_id"],
+            "pad_token_id": text["pad_id"],
+            "pooling": "last" if text["pool_type"] == "last" else "eos",
+            "use_causal_mask": not text["no_causal_mask"],
+        },
+    }
+
+
+def open_clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
+    """OpenCLIP's model_cfg of an MLIP config; the inverse of `mlip_config_of_open_clip`, less the tokenizer."""
+    vision, text = towers(config)
+    acts = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    for part in (vision, text):
+        if part.hidden_act not in acts:
+            raise ValueError(f"OpenCLIP has no activation {part.hidden_act!r}; it has {', '.join(acts)}.")
+    if acts[vision.hidden_act][0] != acts[text.hidden_act][0]:
+        raise ValueError(f"OpenCLIP has one activation for both towers, not {vision.hidden_act} and {text.hidden_act}.")
+
+    def tower(ours) -> dict[str, Any]:
+        width, approximate = ours.hidden_size, acts[ours.hidden_act][1]
+        if width % ours.num_attention_heads:
+            raise ValueError(f"hidden_size={width} is not divisible by num_attention_heads={ours.num_attention_heads}.")
+        cfg: dict[str, Any] = {"width": width, "layers": ours.num_hidden_layers}
+        if ours.intermediate_size != 4 * width:
+            cfg["mlp_ratio"] = math.ceil(ours.intermediate_size / width * 1e4) / 1e4
+            if int(width * cfg["mlp_ratio"]) != ours.intermediate_size:
+                raise ValueError(f"no mlp_ratio of OpenCLIP gives intermediate_size={ours.intermediate_size}.")
+        if ours.layer_norm_eps != 1e-5:
+            cfg["norm_kwargs"] = {"eps": ours.layer_norm_eps}
+        if ours.layer_scale_init_value is not None:
+            cfg["ls_init_value"] = ours.layer_scale_init_value
+        return cfg | ({"act_kwargs": {"approximate": approximate}} if approximate else {})
+
+    vision_cfg = {"image_size": vision.image_size, "patch_size": vision.patch_size, **tower(vision)}
+    vision_cfg["head_width"] = vision.hidden_size // vision.num_attention_heads
+    if not vision.use_pre_layernorm:
+        vision_cfg["no_ln_pre"] = True
+    if vision.pooling == "mean":
+        vision_cfg |= {"pool_type": "avg", "final_ln_after_pool": True}
+    text_cfg = {"context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, **tower(text)}
+    text_cfg |= {"heads": text.num_attention_heads, "pad_id": text.pad_token_id or 0}
+    if not text.use_causal_mask:
+        text_cfg["no_causal_mask"] = True
+    if text.pooling == "last":
+        text_cfg["pool_type"] = "last"
+    elif text.eos_token_id != highest_id(text.vocab_size):
+        text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    quick_gelu = {"quick_gelu": True} if vision.hidden_act == "quick_gelu" else {}
+    return {"embed_dim": config.projection_dim, **quick_gelu, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+
+
+# Keys of transformers' CLIP that change the mathematics.
+CLIP_TEXT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "max_position_embeddings", "hidden_act", "layer_norm_eps", "attention_dropout", "projection_dim",
+             "pad_token_id", "bos_token_id", "eos_token_id")  # fmt: skip
+CLIP_VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
+               "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout", "projection_dim",
+               "num_channels")  # fmt: skip
+
+
+def mlip_config_of_clip(config: CLIPConfig) -> dict[str, Any]:
+    """The keys of MLIPConfig that compute what transformers computes from a `CLIPConfig`."""
+    vision_config, text_config = towers(config)
+    text = {key: getattr(text_config, key) for key in CLIP_TEXT}
+    if text["eos_token_id"] == 2:  # configs written before transformers 4.31, which pool at the highest id
+        text["eos_token_id"] = highest_id(text["vocab_size"])
+        if text["vocab_size"] == CLIP_VOCAB:
+            text |= {"bos_token_id": CLIP_BOS, "pad_token_id": CLIP_EOS}
+    vision = {key: getattr(vision_config, key) for key in CLIP_VISION}
+    return {"projection_dim": config.projection_dim, "text_config": text, "vision_config": vision}
+
+
+def clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
+    """The keys of transformers' `CLIPConfig` for an MLIP config.
+
+    Raises:
+        ValueError: listing what transformers' CLIPModel does not compute.
+    """
+    vision, text = towers(config)
+    obstacles = [
+        what
+        for what, there in (
+            ("mean pooling of the image tower", vision.pooling != "class"),
+            ("an image tower without pre-LayerNorm", not vision.use_pre_layernorm),
+            ("LayerScale", vision.layer_scale_init_value is not None or text.layer_scale_init_value is not None),
+            ("pooling at the last text token", text.pooling != "eos"),
+            ("a non-causal text tower", not text.use_causal_mask),
+            ("eos_token_id=2 (it reads 2 as: pool at the highest id)", text.eos_token_id == 2),
+        )
+        if there
+    ]
+    if obstacles:
+        raise ValueError(f"transformers' CLIPModel does not have {'; '.join(obstacles)}: export with --to open_clip.")
+    return {
+        "projection_dim": config.projection_dim,
+        "text_config": {key: getattr(text, key) for key in CLIP_TEXT},
+        "vision_config": {key: getattr(vision, key) for key in CLIP_VISION},
+    }
