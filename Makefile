@@ -1,9 +1,10 @@
 # make demo: train, evaluate and save a small MLIP model on drawn pairs. make test: lint, types and tests.
-# Both set everything up in .venv first.
+# make conformance: transformers' own tests, from the package registry, on every class.
+# All set everything up in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint conformance clean
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -21,6 +22,9 @@ lint: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+conformance: .venv/installed
+	$(BIN)/python -m pytest tests/conformance
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -10,6 +10,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPProcessor,
     CLIPTokenizer,
 )
@@ -31,12 +32,10 @@ for _config, _model in ((MLIPConfig, MLIPModel), (MLIPTextConfig, MLIPTextModel)
 AutoModelForZeroShotImageClassification.register(MLIPConfig, MLIPModel)
 AutoModelForImageClassification.register(MLIPConfig, MLIPForImageClassification)
 AutoTokenizer.register(MLIPConfig, tokenizer_class=CLIPTokenizer)
-AutoImageProcessor.register(MLIPConfig, CLIPImageProcessor)
+AutoImageProcessor.register(
+    MLIPConfig, image_processor_classes={"torchvision": CLIPImageProcessor, "pil": CLIPImageProcessorPil}
+)
 AutoProcessor.register(MLIPConfig, CLIPProcessor)
-
-# What is saved carries these files, so that it loads where this package is not installed.
-MLIPConfig.register_for_auto_class()
-MLIPModel.register_for_auto_class("AutoModel")
 
 __all__ = [
     "MLIPConfig",

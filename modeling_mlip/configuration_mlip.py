@@ -6,17 +6,45 @@ They extend transformers' CLIP configurations, so every CLIP key keeps its name,
 
 import copy
 
-from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+import transformers
+from packaging.version import Version
+
+# Said before the imports below fail of it; the same range as in setup.cfg, which what is on the Hub comes without.
+if not Version("5.17") <= Version(transformers.__version__) < Version("6"):
+    raise ImportError(
+        f"MLIP needs transformers >=5.17, <6, and {transformers.__version__} is installed; "
+        "pip install 'transformers>=5.17,<6'."
+    )
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import PreTrainedConfig  # noqa: E402
+from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 
 MERGE_METHODS = ("mlip", "tome")
 # Vision keys that MLIPConfig takes and shows as its own; their one home is the vision config.
 VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers")
+# Which model each Auto class makes of a configuration, here and where only the saved files are; by `model_type`.
+AUTO_MODELS = {
+    "mlip": {
+        "AutoModel": "MLIPModel",
+        "AutoModelForZeroShotImageClassification": "MLIPModel",
+        "AutoModelForImageClassification": "MLIPForImageClassification",
+    },
+    "mlip_text_model": {"AutoModel": "MLIPTextModel"},
+    "mlip_vision_model": {"AutoModel": "MLIPVisionModel"},
+}
+
+
+class NamesAutoClasses:
+    """A configuration whose `config.json` names every Auto class; transformers by itself writes one of a model's."""
+
+    def save_pretrained(self, save_directory, **kwargs):
+        self.auto_map = {auto: f"modeling_mlip.{model}" for auto, model in AUTO_MODELS[self.model_type].items()}
+        super().save_pretrained(save_directory, **kwargs)
 
 
 @strict
-class MLIPTextConfig(CLIPTextConfig):
+class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
     r"""Text tower: CLIP's, with three keys that some OpenCLIP checkpoints need.
 
     Args:
@@ -40,7 +68,7 @@ class MLIPTextConfig(CLIPTextConfig):
 
 
 @strict
-class MLIPVisionConfig(CLIPVisionConfig):
+class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     r"""Vision tower: CLIP's, with a frequency stage and token merging.
 
     Args:
@@ -124,7 +152,7 @@ class MLIPVisionConfig(CLIPVisionConfig):
 
 
 @strict
-class MLIPConfig(PreTrainedConfig):
+class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
     r"""Both towers and the losses.
 
     Args:
@@ -136,7 +164,8 @@ class MLIPConfig(PreTrainedConfig):
         initializer_factor: scales the standard deviation of all initial weights.
         frequency_loss_weight: weight of InfoNCE between the frequency embedding and the caption; 0 leaves it out.
         token_loss_weight: weight of the token-level loss; 0 leaves it out.
-        token_loss_frequency: whether the tokens of the token-level loss contain the frequency features.
+        token_loss_frequency: whether the tokens of the token-level loss contain the frequency features; they did no
+            good where it was tried, being shallow and a shortcut.
 
     Example:
 
@@ -157,9 +186,9 @@ class MLIPConfig(PreTrainedConfig):
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
     initializer_factor: float = 1.0
-    frequency_loss_weight: float | int = 0.5
+    frequency_loss_weight: float | int = 0.2
     token_loss_weight: float | int = 0.5
-    token_loss_frequency: bool = True
+    token_loss_frequency: bool = False
 
     def __post_init__(self, **kwargs):
         shortcuts = {key: kwargs.pop(key) for key in VISION_SHORTCUTS if key in kwargs}
@@ -205,6 +234,10 @@ def _vision_shortcut(key: str) -> property:
 
 for _key in VISION_SHORTCUTS:
     setattr(MLIPConfig, _key, _vision_shortcut(_key))
+
+# What is saved carries the code, so that it loads where this package is not installed.
+for _config in (MLIPTextConfig, MLIPVisionConfig, MLIPConfig):
+    _config.register_for_auto_class()
 
 
 def _validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

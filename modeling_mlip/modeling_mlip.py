@@ -380,7 +380,8 @@ class MLIPVisionEncoder(nn.Module):
     def size_bias(self, sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`(B, M)` -> `(B, 1, 1, 1 + M)`: log(size) is added to the logits, 0 for the class token, so that a merged
         token counts for what it replaces (ToMe, arXiv 2210.09461, equation 1)."""
-        if "flash" in self.config._attn_implementation:
+        # flex_attention would read a row for each query, where there is one; with them all, its CPU kernel crashes.
+        if any(name in self.config._attn_implementation for name in ("flash", "flex")):
             raise ValueError(
                 f"attn_implementation={self.config._attn_implementation!r} cannot add the size of merged tokens to "
                 "attention; use 'sdpa' or 'eager', or set_merge_ratio(0)."
@@ -935,6 +936,9 @@ class MLIPForImageClassification(MLIPPreTrainedModel):
 # Towers load from a whole model's checkpoint, whose names begin with the tower's; transformers knows this of CLIP only.
 for _class, _prefix in ((MLIPTextModel, "text_model"), (MLIPVisionModel, "vision_model")):
     register_checkpoint_conversion_mapping(_class.__name__, [PrefixChange(prefix_to_remove=_prefix)], overwrite=True)
+
+# What is saved carries the code, so that it loads where this package is not installed.
+MLIPPreTrainedModel.register_for_auto_class("AutoModel")
 
 
 __all__ = [

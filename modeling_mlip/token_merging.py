@@ -77,11 +77,14 @@ def _match_once(features: torch.Tensor, importance: torch.Tensor | None, num_rem
     proposers, targets = features[:, 1::2], features[:, 0::2]  # (B, N//2, C), (B, N - N//2, C)
     # Step (2)
     similarity, partner = (proposers @ targets.transpose(1, 2)).max(dim=-1)  # (B, N//2) each
-    # Step (3)
+    # Step (3): a proposal's place is the number of those ahead of it (ONNX has no stable sort)
     rank = similarity if importance is None else similarity - importance[:, 1::2]
-    removed = rank.argsort(dim=-1, descending=True, stable=True)[:, :num_removed]  # (B, num_removed)
-    position = torch.arange(N, device=features.device).expand(B, N)
-    target = position.scatter(1, 2 * removed + 1, 2 * partner.gather(1, removed))  # (B, N): who absorbs each token
+    this, other = rank[:, :, None], rank[:, None, :]
+    position = torch.arange(N, device=features.device)
+    earlier = position[None, : N // 2] < position[: N // 2, None]
+    place = ((other > this) | ((other == this) & earlier)).sum(dim=-1)  # (B, N//2)
+    target = torch.where(place < num_removed, 2 * partner, position[1::2])  # (B, N//2): who absorbs each proposer
+    target = position.expand(B, N).scatter(1, position[1::2].expand(B, -1), target)  # (B, N): who absorbs each token
     new_index = (target == position).long().cumsum(dim=1) - 1  # survivors counted in order
     return new_index.gather(1, target)
 

@@ -38,7 +38,7 @@ def small_config(vision: dict | None = None, text: dict | None = None, **model_k
         vision_config={**VISION, **(vision or {})},
         text_config={**TEXT, **(text or {})},
         projection_dim=24,
-        **model_keys,
+        **{"token_loss_frequency": True, **model_keys},  # every part of the model
     )
 
 

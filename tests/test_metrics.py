@@ -164,6 +164,7 @@ def collate(pixel_values, captions) -> dict:
         "input_ids": torch.tensor([caption + [EOS] * (length - len(caption)) for _, caption in flat]),
         "attention_mask": torch.tensor([[1] * len(caption) + [0] * (length - len(caption)) for _, caption in flat]),
         "caption_image": torch.tensor([image for image, _ in flat], dtype=torch.long),
+        "kept": torch.arange(len(pixel_values)),  # one more came after them, and was skipped
         "skipped": [f"after image {len(pixel_values)}"],
         "num_truncated": 2,
     }
@@ -200,6 +201,7 @@ def test_embeddings_ids_and_metrics_do_not_depend_on_the_batch(model):
         )
         assert found == expected
     torch.testing.assert_close(one.text_embeds.norm(dim=1), torch.ones(len(flat)))
+    assert four.image_rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12]
     assert (four.num_truncated, four.skipped) == (6, ["after image 4", "after image 4", "after image 3"])
 
 

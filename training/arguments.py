@@ -87,6 +87,10 @@ class MLIPTrainingArguments(TrainingArguments):
         default="tensorboard", metadata={"help": "Where logs go besides the progress bar: tensorboard, wandb, none ..."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between logs, or a share of the run if below 1."})
+    sweep: bool = field(
+        default=True,
+        metadata={"help": "After training, evaluate at merge ratios 0, 0.3, 0.5 and 0.7 too, for the model card."},
+    )
     skip_budget: float = field(
         default=0.01, metadata={"help": "Share of broken images and empty captions at which the run stops."}
     )

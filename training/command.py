@@ -16,7 +16,9 @@ def error_line(error: BaseException) -> str:
     """What went wrong, without the layers that report it: a validator of a configuration wraps its own error."""
     while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip() or type(error).__name__
+    message = str(error).strip() or type(error).__name__
+    # Libraries write in paragraphs of what the machine, the network or the installation lacks.
+    return " ".join(message.split()) if isinstance(error, (OSError, ImportError)) else message
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     name = arguments[0]
     try:
         commands[name].load()(arguments[1:])
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         # On a line of its own: a progress bar may stand on the current one.
         print(f"\nmlip {name}: error: {error_line(error)}", file=sys.stderr)
         return 1

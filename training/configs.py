@@ -4,9 +4,16 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, CLIPConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CLIPConfig, PreTrainedConfig
 
-from modeling_mlip import MLIPConfig, MLIPVisionConfig
+from modeling_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
+
+from .command import error_line
+
+# By `model_type`: what `save_pretrained` writes here, and what a run may start from.
+CONFIG_CLASSES = {kind.model_type: kind for kind in (MLIPConfig, MLIPTextConfig, MLIPVisionConfig)}
+START_CLASSES = {kind.model_type: kind for kind in (MLIPConfig, CLIPConfig)}
 
 # name -> (vision keys, text keys, projection_dim), the sizes of OpenCLIP's models of that name; tiny is for a CPU.
 NAMED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
@@ -62,17 +69,31 @@ def pretrained_config(name_or_path: str) -> MLIPConfig:
     """The configuration of a saved MLIP model, or of a CLIP model of transformers as MLIP's.
 
     Raises:
-        ValueError: if it is of another kind of model.
+        ValueError: as `saved_config`.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
-    if isinstance(config, MLIPConfig):
-        return config
-    if isinstance(config, CLIPConfig):
-        return MLIPConfig.from_clip_config(config)
-    raise ValueError(
-        f"{name_or_path} holds a model of type {config.model_type!r}; take an MLIP model or a CLIP model of "
-        "transformers. An OpenCLIP checkpoint becomes one with 'mlip convert'."
-    )
+    config = saved_config(name_or_path, START_CLASSES)
+    return MLIPConfig.from_clip_config(config) if isinstance(config, CLIPConfig) else config
+
+
+def saved_config(name_or_path: str | Path, classes: dict[str, Any]) -> Any:
+    """The configuration of a folder or Hub id, of the class that its `model_type` says.
+
+    Raises:
+        ValueError: if there is none, if it is of another kind of model, or if it has a value that is not allowed.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{name_or_path} holds no config.json; give a folder that a model was saved to.")
+    model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    if model_type not in classes:
+        raise ValueError(
+            f"{name_or_path} holds a model of type {model_type!r}; here it may be {' or '.join(map(repr, classes))}. "
+            "CLIP and OpenCLIP checkpoints become MLIP models with 'mlip convert'."
+        )
+    try:
+        return classes[model_type].from_pretrained(name_or_path)
+    except StrictDataclassError as error:
+        raise ValueError(f"{name_or_path}/config.json: {error_line(error)}") from error
 
 
 def _own_fields(config_class: Any) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from transformers import CLIPProcessor, HfArgumentParser
 from modeling_mlip import MLIPModel
 
 from .arguments import DataArguments, ModelArguments
-from .configs import pretrained_config
 from .data import (
     EvaluationCollator,
     PairDataset,
@@ -31,6 +30,7 @@ from .data import (
     image_transform,
     load_pairs,
 )
+from .loading import load_pretrained
 from .metrics import EncodedPairs, class_embeddings, encode_pairs, retrieval_metrics, zero_shot_metrics
 from .report import format_table
 
@@ -157,8 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     model_args, data_args, args = parser.parse_args_into_dataclasses(arguments)
     if model_args.model_name_or_path is None:
         raise ValueError("Give the model to evaluate as --model_name_or_path, a folder or a Hub id.")
-    config = pretrained_config(model_args.model_name_or_path)
-    model = MLIPModel.from_pretrained(model_args.model_name_or_path, config=config)
+    model = load_pretrained(model_args.model_name_or_path)
     if args.merge_ratio is not None:
         model.set_merge_ratio(args.merge_ratio)
     processor = CLIPProcessor.from_pretrained(model_args.model_name_or_path)

@@ -71,7 +71,7 @@ def retrieval_metrics(
     """Recall@1, @5 and @10 both ways, in percent.
 
     An image finds its text if any of its captions, or one equal to them, is among the first k; a caption finds its
-    image if any image that has this caption is. An image without a caption is a wrong answer to others and no query itself.
+    image if any image that has this caption is. An image without a caption is a wrong answer to others, and no query.
 
     Args:
         image_embeds: (I, D), any length.

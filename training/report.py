@@ -24,6 +24,8 @@ from modeling_mlip import MLIPConfig
 # Beside the folder of this file, both in a checkout and where setup.cfg installs it.
 MODEL_CARD_TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 
+MERGE_RATIOS_PICTURE = "merge_ratios.png"
+
 # Title of a panel, and the keys of the log that it shows.
 PANELS = (
     ("Loss", r"(eval_)?loss|(spatial|frequency|token)_loss"),
@@ -110,6 +112,19 @@ def plot_learning_curves(log_history: list[dict[str, Any]], path: str | Path) ->
     figure.savefig(path, format="png", dpi=100)
 
 
+def plot_merge_ratios(rows: list[dict[str, float]], path: str | Path) -> None:
+    """Draws each other key of the rows over their "merge ratio" as a PNG."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for key in [key for key in rows[0] if key.endswith("(%)")]:
+        axes.plot([row["merge ratio"] for row in rows], [row[key] for row in rows], label=key, marker="o")
+    axes.set_xlabel("merge ratio")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, format="png", dpi=100)
+
+
 def retrieval_picture(
     path: str | Path,
     images: Sequence[Image.Image | np.ndarray],
@@ -156,6 +171,7 @@ def write_model_card(
     base_model: str | None,
     training: dict[str, Any],
     curves: str | None,
+    merge_ratios: list[dict[str, float]] | None = None,
 ) -> Path:
     """Fills `model_card.md` into the README.md of a saved model, with the Hub's metadata.
 
@@ -167,8 +183,11 @@ def write_model_card(
         base_model: likewise, what training started from.
         training: settings to show, as they are; empty for a model that was not trained here.
         curves: a picture in the folder; left out if it is not there.
+        merge_ratios: what was measured at several ratios, as rows with a "merge ratio" and "... (%)"; drawn as well.
     """
     folder = Path(folder).resolve()
+    if merge_ratios:
+        plot_merge_ratios(merge_ratios, folder / MERGE_RATIOS_PICTURE)
     measured = {
         key.removeprefix("eval_"): round(float(value), 2)
         for key, value in metrics.items()
@@ -190,7 +209,7 @@ def write_model_card(
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        license="apache-2.0",
+        license=_license(base_model),
         tags=["mlip", "clip"],
         base_model=_hub_id(base_model),
         datasets=[dataset_id] if dataset_id and training else None,
@@ -209,6 +228,8 @@ def write_model_card(
         training_table=training
         and format_table([{"setting": k, "value": str(v)} for k, v in training.items()], markdown=True),
         curves=curves if curves and (folder / curves).is_file() else None,
+        merge_ratios_table=merge_ratios and format_table(merge_ratios, markdown=True),
+        merge_ratios_picture=MERGE_RATIOS_PICTURE,
         image_size=config.vision_config.image_size,
         max_tokens=config.text_config.max_position_embeddings,
     )
@@ -220,6 +241,16 @@ def write_model_card(
 def _hub_id(name: str | None) -> str | None:
     """The name if it can be one of the Hub: "owner/name", and no file or folder of this machine."""
     return name if name and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists() else None
+
+
+def _license(base_model: str | None) -> str | None:
+    """Apache-2.0 for what starts from nothing; else what the base model says on its card, if that can be read."""
+    if base_model is None:
+        return "apache-2.0"
+    try:
+        return ModelCard.load(Path(base_model) / "README.md" if Path(base_model).is_dir() else base_model).data.license
+    except (OSError, ValueError):
+        return None
 
 
 def _shown_name(name: str | None) -> str | None:
@@ -291,4 +322,11 @@ def _html_table(rows: list[dict[str, Any]]) -> str:
     return f"<table>\n<tr>{head}</tr>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
 
 
-__all__ = ["format_table", "plot_learning_curves", "retrieval_picture", "write_model_card", "write_report"]
+__all__ = [
+    "format_table",
+    "plot_learning_curves",
+    "plot_merge_ratios",
+    "retrieval_picture",
+    "write_model_card",
+    "write_report",
+]

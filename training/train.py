@@ -28,11 +28,15 @@ from .data import (
     load_pairs,
     read_captions,
 )
+from .loading import load_pretrained
+from .push import hub_errors
 from .report import format_table, plot_learning_curves, write_model_card
 from .tokenizer import train_tokenizer
 from .trainer import MLIPTrainer
 
 CURVES = "learning_curves.png"
+MERGE_RATIOS = (0, 0.3, 0.5, 0.7)
+WAYS = ("text to image", "image to text")
 
 
 def parse_value(text: str) -> Any:
@@ -119,16 +123,7 @@ def build_model(model_args: ModelArguments, config: MLIPConfig, tokenizer: CLIPT
             f"The tokenizer has {len(tokenizer)} tokens and the model {config.text_config.vocab_size}; take the "
             "tokenizer of the model by leaving out --tokenizer_name."
         )
-    model, report = MLIPModel.from_pretrained(
-        model_args.model_name_or_path,
-        config=config,
-        output_loading_info=True,
-        dtype="float32",
-        attn_implementation=attention,
-    )
-    if "token_visual_projection.weight" in report["missing_keys"]:
-        model.start_tokens_from_projections()
-    return model
+    return load_pretrained(model_args.model_name_or_path, config=config, dtype="float32", attn_implementation=attention)
 
 
 def build_datasets(
@@ -187,14 +182,15 @@ def train(
     if "validation" not in datasets:
         training_args.eval_strategy = "no"
     # Step (3): train and save
-    trainer = MLIPTrainer(
-        model,
-        training_args,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("validation"),
-        processor=processor,
-        max_seq_length=data_args.max_seq_length,
-    )
+    with hub_errors("--push_to_hub"):
+        trainer = MLIPTrainer(
+            model,
+            training_args,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("validation"),
+            processor=processor,
+            max_seq_length=data_args.max_seq_length,
+        )
     result = trainer.train(resume_from_checkpoint=_checkpoint(training_args))
     metrics = dict(result.metrics)
     if "validation" in datasets:
@@ -214,12 +210,34 @@ def train(
             base_model=model_args.model_name_or_path,
             training=describe_run(training_args, trainer, metrics),
             curves=CURVES,
+            merge_ratios=sweep_merge_ratios(trainer) if training_args.sweep and "validation" in datasets else None,
         )
         print(summary(metrics))
         print(f"\nSaved to {folder}: weights, processor, model card, {CURVES}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub()
+        repo = trainer.hub_model_id
+        with hub_errors(repo, f"The run is saved; share it with 'mlip push {training_args.output_dir} {repo}'."):
+            trainer.push_to_hub()
     return metrics
+
+
+def sweep_merge_ratios(trainer: MLIPTrainer) -> list[dict[str, float]]:
+    """Recall of the evaluation data at several merge ratios; the model is left as it was."""
+    vision = trainer.model.config.vision_config
+    trained_at, num_patches = vision.merge_ratio, (vision.image_size // vision.patch_size) ** 2
+    rows = []
+    for ratio in sorted({*MERGE_RATIOS, trained_at}):
+        tokens_left = round(num_patches * (1 - ratio))
+        if tokens_left:
+            trainer.model.set_merge_ratio(ratio)
+            metrics = trainer.evaluation_loop(trainer.get_eval_dataloader(), f"Merge ratio {ratio:g}").metrics
+            recalls = {f"{way} recall@1 (%)": f"eval_{way.replace(' ', '_')}_recall@1" for way in WAYS}
+            rows.append(
+                {"merge ratio": ratio, "patch tokens left": tokens_left}
+                | {shown: metrics[name] for shown, name in recalls.items()}
+            )
+    trainer.model.set_merge_ratio(trained_at)
+    return rows
 
 
 def _checkpoint(training_args: MLIPTrainingArguments) -> str | bool | None:

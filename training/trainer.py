@@ -6,12 +6,14 @@ trainer.train()
 """
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPProcessor, Trainer
+from transformers import CLIPProcessor, Trainer, TrainerCallback
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_mlip import MLIPModel
@@ -25,6 +27,14 @@ from .metrics import encode_pairs, retrieval_metrics
 LOSS_PARTS = ("spatial_loss", "frequency_loss", "token_loss")
 # Parameters of two and more dimensions that are no weights of a linear map, or biases of one in disguise.
 NO_DECAY = ("bias", "norm", "gate", "position_embedding", "class_embedding", "layer_scale", "logit_scale", "query")
+
+
+class CodeFiles(TrainerCallback):
+    """Puts the code files beside what is about to be pushed: of a checkpoint, Trainer takes only weights and config."""
+
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            custom_object_save(model, args.output_dir)
 
 
 class MLIPTrainer(Trainer):
@@ -58,6 +68,11 @@ class MLIPTrainer(Trainer):
                 f"per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} device(s) is one "
                 "pair, and a contrastive loss needs others to compare it with; choose 2 or more."
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process drives {args.n_gpu} GPUs, so each would see its own share of the batch as its only "
+                "negatives; start one process for each: accelerate launch or torchrun --nproc_per_node."
+            )
         length = max_seq_length or model.config.text_config.max_position_embeddings
         super().__init__(
             model=model,
@@ -68,6 +83,7 @@ class MLIPTrainer(Trainer):
             processing_class=processor,
             **kwargs,
         )
+        self.add_callback(CodeFiles)
         self.evaluation_collator = EvaluationCollator(processor.tokenizer, length)
         self.skip_budget = None
         if train_dataset is not None:
@@ -170,3 +186,10 @@ class MLIPTrainer(Trainer):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=num_images,
         )
+
+    # Sharing
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves the card that is there: `push_to_hub` would write a draft over the one with what was measured."""
+        if not (Path(self.args.output_dir) / "README.md").is_file():
+            super().create_model_card(*args, **kwargs)

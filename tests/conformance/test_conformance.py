@@ -1,0 +1,225 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Transformers' own tests, inherited, on every public class; and on CLIP's in the same way, to compare with.
+
+Three families: CLIP, MLIP at `merge_ratio=0`, MLIP at `merge_ratio=0.3`. Four kinds of model: text towers, vision
+towers, both together, image classification. Without an image nothing merges, so text is tested once.
+"""
+
+import unittest
+
+import torch
+import transformers
+from tests.test_configuration_common import ConfigTester
+from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
+
+import modeling_mlip
+
+BATCH_SIZE, LENGTH, SIDE, PATCH = 4, 7, 24, 4
+SIZES = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, projection_dim=32)
+
+
+class Family:
+    """Classes by the names that CLIP and MLIP share, and what their vision configuration is given."""
+
+    def __init__(self, module, prefix: str, **vision_keys):
+        self.module, self.prefix, self.vision_keys = module, prefix, vision_keys
+
+    def __getitem__(self, name: str):
+        return getattr(self.module, self.prefix + name)
+
+
+CLIP = Family(transformers, "CLIP")
+MLIP = Family(modeling_mlip, "MLIP", merge_ratio=0.0)
+MERGING = Family(modeling_mlip, "MLIP", merge_ratio=0.3)
+MERGING_ONCE = Family(modeling_mlip, "MLIP", merge_ratio=0.3, merge_layers=[0])
+
+
+# Testers, as the mixins call them: a small configuration and random inputs
+
+
+class Tester:
+    __test__ = False
+    batch_size, is_training = BATCH_SIZE, True
+    hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 4
+
+    def __init__(self, family: Family):
+        self.family = family
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.get_config(), self.get_inputs()
+
+
+class TextTester(Tester):
+    seq_length = LENGTH
+
+    def get_config(self):
+        ids = dict(vocab_size=99, bos_token_id=97, eos_token_id=98)
+        return self.family["TextConfig"](max_position_embeddings=16, **SIZES, **ids)
+
+    def get_inputs(self):
+        attention_mask = (torch.arange(LENGTH)[None] < torch.tensor([7, 3, 5, 4])[:, None]).long()
+        return {"input_ids": ids_tensor([BATCH_SIZE, LENGTH], 97), "attention_mask": attention_mask}
+
+
+class VisionTester(Tester):
+    seq_length, image_size, patch_size = 1 + (SIDE // PATCH) ** 2, SIDE, PATCH
+
+    def get_config(self):
+        return self.family["VisionConfig"](image_size=SIDE, patch_size=PATCH, **SIZES, **self.family.vision_keys)
+
+    def get_inputs(self):
+        return {"pixel_values": floats_tensor([BATCH_SIZE, 3, SIDE, SIDE])}
+
+
+class PairTester(Tester):
+    def __init__(self, family: Family):
+        super().__init__(family)
+        self.text_model_tester, self.vision_model_tester = TextTester(family), VisionTester(family)
+
+    def get_config(self):
+        return self.family["Config"](
+            text_config=self.text_model_tester.get_config().to_dict(),
+            vision_config=self.vision_model_tester.get_config().to_dict(),
+            projection_dim=32,
+        )
+
+    def get_inputs(self):
+        return {**self.text_model_tester.get_inputs(), **self.vision_model_tester.get_inputs(), "return_loss": True}
+
+
+class ClassificationTester(PairTester):
+    seq_length = VisionTester.seq_length
+
+    def get_inputs(self):
+        return self.vision_model_tester.get_inputs()
+
+
+# Tests by kind
+
+
+without_loss = unittest.skip("a tower has no loss")
+without_tokens = unittest.skip("images enter by a convolution, not by an embedding of tokens")
+in_the_towers = unittest.skip("hidden states and attentions are the towers', and are tested there")
+
+
+class TowerTests(ModelTesterMixin):
+    test_training = without_loss(ModelTesterMixin.test_training)
+    test_training_gradient_checkpointing = without_loss(ModelTesterMixin.test_training_gradient_checkpointing)
+    test_training_gradient_checkpointing_use_reentrant_false = without_loss(
+        ModelTesterMixin.test_training_gradient_checkpointing_use_reentrant_false
+    )
+    test_training_gradient_checkpointing_use_reentrant_true = without_loss(
+        ModelTesterMixin.test_training_gradient_checkpointing_use_reentrant_true
+    )
+
+
+class TextTests(TowerTests):
+    def setUp(self):
+        self.all_model_classes = (self.family["TextModel"], self.family["TextModelWithProjection"])
+        self.model_tester = TextTester(self.family)
+        self.config_tester = ConfigTester(self, self.family["TextConfig"], hidden_size=48)
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+
+class VisionTests(TowerTests):
+    test_resize_embeddings = False
+    test_model_get_set_embeddings = without_tokens(ModelTesterMixin.test_model_get_set_embeddings)
+
+    def setUp(self):
+        self.all_model_classes = (self.family["VisionModel"], self.family["VisionModelWithProjection"])
+        self.model_tester = VisionTester(self.family)
+        self.config_tester = ConfigTester(self, self.family["VisionConfig"], has_text_modality=False, hidden_size=48)
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+
+class PairTests(ModelTesterMixin):
+    _is_composite = True
+    additional_model_inputs = ["pixel_values"]
+    test_resize_embeddings = False
+    test_model_get_set_embeddings = without_tokens(ModelTesterMixin.test_model_get_set_embeddings)
+    test_attention_outputs = in_the_towers(ModelTesterMixin.test_attention_outputs)
+    test_hidden_states_output = in_the_towers(ModelTesterMixin.test_hidden_states_output)
+    test_retain_grad_hidden_states_attentions = in_the_towers(
+        ModelTesterMixin.test_retain_grad_hidden_states_attentions
+    )
+
+    def setUp(self):
+        self.all_model_classes = (self.family["Model"],)
+        self.model_tester = PairTester(self.family)
+        properties = ["projection_dim", "logit_scale_init_value"]
+        self.config_tester = ConfigTester(
+            self, self.family["Config"], has_text_modality=False, common_properties=properties
+        )
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+
+class ClassificationTests(ModelTesterMixin):
+    _is_composite = True
+    test_resize_embeddings = False
+    test_all_params_have_gradient = False  # logits come before the post-LayerNorm, and without the pooled frequency
+    test_model_get_set_embeddings = without_tokens(ModelTesterMixin.test_model_get_set_embeddings)
+
+    def setUp(self):
+        self.all_model_classes = (self.family["ForImageClassification"],)
+        self.model_tester = ClassificationTester(self.family)
+
+
+# What runs
+
+
+class CLIPText(TextTests, unittest.TestCase):
+    family = CLIP
+
+
+class CLIPVision(VisionTests, unittest.TestCase):
+    family = CLIP
+
+
+class CLIPPair(PairTests, unittest.TestCase):
+    family = CLIP
+
+
+class CLIPClassification(ClassificationTests, unittest.TestCase):
+    family = CLIP
+
+
+class MLIPText(TextTests, unittest.TestCase):
+    family = MLIP
+
+
+class MLIPVision(VisionTests, unittest.TestCase):
+    family = MLIP
+
+
+class MLIPPair(PairTests, unittest.TestCase):
+    family = MLIP
+
+
+class MLIPClassification(ClassificationTests, unittest.TestCase):
+    family = MLIP
+
+
+class Merging:
+    def setUp(self):
+        # In bfloat16 a near-tie of the second layer may merge differently after another attention backend in the first.
+        if "eager_matches_sdpa_inference" in self._testMethodName and "bf16" in self._testMethodName:
+            self.family = MERGING_ONCE
+        super().setUp()
+
+
+class MergingVision(Merging, VisionTests, unittest.TestCase):
+    family = MERGING
+
+
+class MergingPair(Merging, PairTests, unittest.TestCase):
+    family = MERGING
+
+
+class MergingClassification(Merging, ClassificationTests, unittest.TestCase):
+    family = MERGING
