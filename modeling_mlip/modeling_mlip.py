@@ -589,9 +589,14 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             hidden_states, frequency_states, frequency_importance, output_token_map=output_token_map, **kwargs
         )
         # Step (4): pooling and the post-LayerNorm, as CLIP
-        outputs.pooler_output = self.post_layernorm(self._pool(outputs))
-        outputs.frequency_pooler_output = pooled_frequency
-        return outputs
+        return MLIPVisionOutput(  # anew, for the order of fields: `outputs[1]` is the pooled one, as in CLIP
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.post_layernorm(self._pool(outputs)),
+            frequency_hidden_state=outputs.frequency_hidden_state,
+            frequency_pooler_output=pooled_frequency,
+            token_sizes=outputs.token_sizes,
+            token_map=outputs.token_map,
+        )
 
     def _patch_grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         height, width = pixel_values.shape[-2:]

@@ -55,6 +55,14 @@ def test_without_merging_it_is_clip_in_outputs_and_gradients(batch, frequency_la
         torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=0, atol=1e-5, msg=name)
 
 
+def test_the_tuple_of_the_tower_begins_as_clips(batch):
+    model = small_model(vision={"merge_ratio": 0.5}).vision_model
+    outputs = model(batch["pixel_values"])
+    first, second = model(batch["pixel_values"], return_dict=False)[:2]
+    assert torch.equal(first, outputs.last_hidden_state)
+    assert torch.equal(second, outputs.pooler_output)
+
+
 def test_a_closed_gate_changes_nothing_to_the_bit(batch):
     with_stage = small_model()
     without = small_model(vision={"frequency_layers": 0})

@@ -58,7 +58,7 @@ def _download(folder: Path) -> Path:
     if done.returncode or not archives:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no archive came"]
         raise RuntimeError(
-            f"pip got no source distribution of {requirement}: {errors[-1]} Its tests are what `make conformance` "
+            f"pip got no source distribution of {requirement}: {errors[-1]}. Its tests are what `make conformance` "
             "runs: install a released version of transformers, and reach a package registry."
         )
     return archives[0]
