@@ -38,7 +38,7 @@ STRIPE_CONTRAST = 0.12  # standard deviation of the stripes within the shape
 NOISE = 0.02
 
 SIZES = ("small", "large")
-RADII = np.array([[0.14, 0.17], [0.22, 0.26]])  # lowest and highest, in image sides
+RADII = np.array([[0.18, 0.21], [0.27, 0.31]])  # lowest and highest, in image sides
 PLACES = (
     *("at the top left", "at the top", "at the top right"),
     *("on the left", "in the centre", "on the right"),
