@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--merge-layers", "--merge_layers", type=int, nargs="+", help="layers that merge, counted from 0"
     )
-    parser.add_argument("--merge-method", "--merge_method", help="mlip or tome")
+    parser.add_argument("--merge-method", "--merge_method", help="mlip, tome or elip")
     parser.add_argument("--to", choices=("mlip", "open_clip", "clip", "both"), default="mlip", help="format to write")
     parser.add_argument("--drop-frequency", "--drop_frequency", action="store_true",
                         help="export without a frequency stage that the model uses")  # fmt: skip

@@ -20,7 +20,7 @@ from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import PreTrainedConfig  # noqa: E402
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 
-MERGE_METHODS = ("mlip", "tome")
+MERGE_METHODS = ("mlip", "tome", "elip")
 # Vision keys that MLIPConfig takes and shows as its own; their one home is the vision config.
 VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers")
 # Which model each Auto class makes of a configuration, here and where only the saved files are; by `model_type`.
@@ -76,8 +76,10 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
             size. 0 gives exactly the unmerged tower.
         merge_layers: layers (counted from 0) between whose attention and MLP tokens merge. `None`: three stages spread
             over the depth.
-        merge_method: `"mlip"` (similarity in both domains, guided by importance) or `"tome"` (Bolya et al. 2023,
-            arXiv 2210.09461: attention keys alone).
+        merge_method: `"mlip"` (similarity in both domains, guided by importance), `"tome"` (Bolya et al. 2023,
+            arXiv 2210.09461: attention keys alone) or `"elip"` (Guo et al. 2023, arXiv 2309.16738: the tokens that the
+            class token attends to stay, one token is made of the rest).
+        merge_caption_weight: share of the caption in what asks for important tokens, `"elip"` in training.
         merge_importance_weight: what one standard deviation of importance counts against cosine similarity when pairs
             are ranked; 0 leaves the guide out.
         frequency_layers: blocks of the frequency stage; 0 removes it.
@@ -96,6 +98,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     merge_layers: list[int] | None = None
     merge_method: str = "mlip"
     merge_importance_weight: float | int = 0.1
+    merge_caption_weight: float | int = 0.5
     frequency_layers: int = 2
     frequency_hidden_size: int | None = None
     pooling: str = "class"
@@ -141,6 +144,8 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
                 f"choose at most {1 - 1 / num_patches:.3f}, larger images or smaller patches."
             )
         _validate_choice("merge_method", self.merge_method, MERGE_METHODS)
+        if not 0 <= self.merge_caption_weight <= 1:
+            raise ValueError(f"merge_caption_weight={self.merge_caption_weight}: choose a share from 0 to 1.")
         for layer in self.merge_layers if self.merge_layers is not None else []:
             if not 0 <= layer < self.num_hidden_layers:
                 raise ValueError(

@@ -7,6 +7,7 @@ P width of the shared space.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -185,6 +186,30 @@ class PairEmbeddings(NamedTuple):
     tokens: TokenEmbeddings | None = None
 
 
+class TokenColumns(NamedTuple):
+    """The caption tokens of all processes, and how processes exchange scores."""
+
+    text_tokens: torch.Tensor  # (C, L, P)
+    text_mask: torch.Tensor  # (C, L) bool
+    # (R, C), own images against all captions -> (C, R), all images against own captions; differentiable
+    swap_scores: Callable[[torch.Tensor], torch.Tensor]
+
+
+class PairColumns(NamedTuple):
+    """What the rows of one process are compared with: the pairs of all processes, C of them."""
+
+    image_embeds: torch.Tensor  # (C, P)
+    text_embeds: torch.Tensor  # (C, P)
+    caption_keys: torch.Tensor  # (C,)
+    image_keys: torch.Tensor | None = None  # (C,)
+    frequency_embeds: torch.Tensor | None = None  # (C, P)
+    tokens: TokenColumns | None = None  # None: the token level compares the pairs of this process alone
+
+
+def _keys(pairs: PairEmbeddings | PairColumns) -> list[torch.Tensor]:
+    return [pairs.caption_keys] if pairs.image_keys is None else [pairs.caption_keys, pairs.image_keys]
+
+
 def multi_level_loss(
     pairs: PairEmbeddings,
     logit_scale: torch.Tensor,
@@ -192,25 +217,53 @@ def multi_level_loss(
     token_logit_scale: torch.Tensor | None = None,
     frequency_loss_weight: float = 0.0,
     token_loss_weight: float = 0.0,
+    columns: PairColumns | None = None,
 ) -> dict[str, torch.Tensor]:
     """The three losses of MLIP on one batch and their weighted sum; a level whose inputs are None is left out.
 
+    Args:
+        pairs: R rows, the pairs of this process.
+        logit_scale: log of the inverse temperature, one for each loss.
+        frequency_logit_scale: likewise.
+        token_logit_scale: likewise.
+        frequency_loss_weight: what the frequency loss counts for beside the spatial one.
+        token_loss_weight: what the token loss counts for.
+        columns: the pairs of all processes; `None`: the rows are all there is.
+
     Returns:
-        Scalars: `spatial_loss`, `frequency_loss` and `token_loss` where computed, and `loss`.
+        Scalars, means over the rows: `spatial_loss`, `frequency_loss` and `token_loss` where computed, and `loss`.
     """
-    keys = [pairs.caption_keys] if pairs.image_keys is None else [pairs.caption_keys, pairs.image_keys]
-    targets = positive_targets(keys, keys)
+    own_keys = _keys(pairs)
+    targets = positive_targets(own_keys, own_keys if columns is None else _keys(columns))
+    others: PairEmbeddings | PairColumns = pairs if columns is None else columns
     # Step (1): instance level, spatial domain
-    parts = {"spatial_loss": instance_loss(pairs.image_embeds, pairs.text_embeds, logit_scale, targets)}
+    parts = {
+        "spatial_loss": instance_loss(
+            pairs.image_embeds, pairs.text_embeds, logit_scale, targets, others.image_embeds, others.text_embeds
+        )
+    }
     loss = parts["spatial_loss"]
     # Step (2): instance level, frequency domain
     if pairs.frequency_embeds is not None and frequency_logit_scale is not None:
         parts["frequency_loss"] = instance_loss(
-            pairs.frequency_embeds, pairs.text_embeds, frequency_logit_scale, targets
+            pairs.frequency_embeds,
+            pairs.text_embeds,
+            frequency_logit_scale,
+            targets,
+            others.frequency_embeds,
+            others.text_embeds,
         )
         loss = loss + frequency_loss_weight * parts["frequency_loss"]
     # Step (3): token level, both domains
     if pairs.tokens is not None and token_logit_scale is not None:
-        parts["token_loss"] = token_loss(*token_scores(*pairs.tokens), token_logit_scale, targets)
+        tokens = pairs.tokens
+        if columns is None or columns.tokens is None:
+            scores = token_scores(*tokens)
+            targets = positive_targets(own_keys, own_keys)
+        else:  # each pair of image and caption is compared once, where the image is
+            text = (columns.tokens.text_tokens, columns.tokens.text_mask)
+            by_image, by_text = token_scores(tokens.image_tokens, tokens.image_weights, *text)
+            scores = by_image, columns.tokens.swap_scores(by_text)
+        parts["token_loss"] = token_loss(*scores, token_logit_scale, targets)
         loss = loss + token_loss_weight * parts["token_loss"]
     return {**parts, "loss": loss}

@@ -38,9 +38,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
 from .frequency import apply_spectral_filter, half_spectrum_shape, resize_spectral_filter
-from .losses import PairEmbeddings, TokenEmbeddings, caption_keys, multi_level_loss
+from .losses import PairColumns, PairEmbeddings, TokenEmbeddings, caption_keys, multi_level_loss
 from .token_merging import (
     compose,
+    fuse_least_important,
     joint_similarity_features,
     match_tokens,
     merge_schedule,
@@ -214,13 +215,14 @@ class MLIPVisionAttention(CLIPAttention):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        return_guide: bool = False,
+        guide_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
         """`(B, S, D)` -> output `(B, S, D)`, weights `(B, h, S, S)` if the backend has them, guide or `None`.
 
-        The guide is the mean key over heads `(B, S - 1, d)` and the attention of the class token, also averaged over
-        heads, `(B, S - 1)`: one row, in float32, outside the attention backend, so that every backend merges alike.
+        The guide, made where `guide_states` `(B, 1, D)` ask for it, is the mean key over heads `(B, S - 1, d)` and the
+        attention of these states to the tokens, also averaged over heads, `(B, S - 1)`: one row, in float32, outside
+        the attention backend, so that every backend merges alike.
         """
         B, S, _ = hidden_states.shape
         heads = (B, S, self.num_heads, self.head_dim)
@@ -241,16 +243,17 @@ class MLIPVisionAttention(CLIPAttention):
             **kwargs,
         )
         attn_output = self.out_proj(attn_output.reshape(B, S, -1))
-        guide = self._guide(queries, keys, attention_mask) if return_guide else None
+        guide = self._guide(guide_states, keys, attention_mask) if guide_states is not None else None
         return attn_output, attn_weights, guide
 
     @torch.no_grad()
     def _guide(
-        self, queries: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None
+        self, guide_states: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast(device_type=queries.device.type, enabled=False):
-            queries, keys = queries[:, :, :1].float(), keys.float()
-            scores = queries @ keys.transpose(2, 3) * self.scale  # (B, h, 1, S)
+        query = self.q_proj(guide_states).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, h, 1, d)
+        with torch.autocast(device_type=keys.device.type, enabled=False):
+            query, keys = query.float(), keys.float()
+            scores = query @ keys.transpose(2, 3) * self.scale  # (B, h, 1, S)
             if attention_mask is not None:
                 scores = scores + attention_mask[:, :, :1].float()
             class_attention = scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]  # (B, S - 1)
@@ -275,28 +278,45 @@ class MLIPVisionLayer(CLIPEncoderLayer):
         frequency_importance: torch.Tensor | None,
         sizes: torch.Tensor,
         num_removed: int = 0,
+        caption_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
         """Tensors in, tensors out: `hidden_states` `(B, 1 + N, D)`, `frequency_states` `(B, N, F)`,
         `frequency_importance` `(B, N)` and `sizes` `(B, N)` come back with M = N - num_removed tokens, followed by the
-        `assignment` `(B, N)` of the step, `None` without one."""
+        `assignment` `(B, N)` of the step, `None` without one. `caption_states` `(B, D)` are for ELIP's guide."""
+        normed_states = self.layer_norm1(hidden_states)
+        guide_states = None
+        if num_removed > 0:
+            guide_states = self._guide_states(hidden_states[:, :1], normed_states[:, :1], caption_states)
         branch, _, guide = self.self_attn(
-            self.layer_norm1(hidden_states), attention_mask=attention_mask, return_guide=num_removed > 0, **kwargs
+            normed_states, attention_mask=attention_mask, guide_states=guide_states, **kwargs
         )
         hidden_states = hidden_states + scale_branch(branch, self.layer_scale1)
         assignment = None
         if guide is not None:
             num_new = sizes.shape[1] - num_removed
-            assignment = self._match(guide, frequency_states, frequency_importance, num_removed)
-            patches = merge_tokens(hidden_states[:, 1:], sizes, assignment, num_new)
+            assignment, weights = self._match(guide, frequency_states, frequency_importance, sizes, num_removed)
+            patches = merge_tokens(hidden_states[:, 1:], weights, assignment, num_new)
             hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
             if frequency_states is not None:
-                frequency_states = merge_tokens(frequency_states, sizes, assignment, num_new)
-                frequency_importance = merge_tokens(frequency_importance[..., None], sizes, assignment, num_new)[..., 0]
+                frequency_states = merge_tokens(frequency_states, weights, assignment, num_new)
+                frequency_importance = merge_tokens(frequency_importance[..., None], weights, assignment, num_new)
+                frequency_importance = frequency_importance[..., 0]
             sizes = merge_sizes(sizes, assignment, num_new)
         branch = self.mlp(self.layer_norm2(hidden_states))
         hidden_states = hidden_states + scale_branch(branch, self.layer_scale2)
         return hidden_states, frequency_states, frequency_importance, sizes, assignment
+
+    @torch.no_grad()
+    def _guide_states(
+        self, class_states: torch.Tensor, normed_states: torch.Tensor, caption_states: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`(B, 1, D)`, what asks for the importance of tokens: the class token, in ELIP mixed with the caption."""
+        if self.config.merge_method != "elip" or caption_states is None:
+            return normed_states
+        length = class_states.norm(dim=-1, keepdim=True)
+        caption = nn.functional.normalize(caption_states[:, None], dim=-1).to(class_states.dtype) * length
+        return self.layer_norm1(torch.lerp(class_states, caption, self.config.merge_caption_weight))
 
     @torch.no_grad()
     def _match(
@@ -304,18 +324,23 @@ class MLIPVisionLayer(CLIPEncoderLayer):
         guide: tuple[torch.Tensor, torch.Tensor],
         frequency_states: torch.Tensor | None,
         frequency_importance: torch.Tensor | None,
+        sizes: torch.Tensor,
         num_removed: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The assignment `(B, N)`, and what each token counts `(B, N)` in the mean that it becomes part of."""
         keys, class_attention = guide
         with torch.autocast(device_type=keys.device.type, enabled=False):
+            if self.config.merge_method == "elip":
+                weights = class_attention.clamp(min=torch.finfo(torch.float16).tiny)
+                return fuse_least_important(class_attention, num_removed), weights
             if self.config.merge_method == "tome":
-                return match_tokens(joint_similarity_features(keys), None, num_removed)
+                return match_tokens(joint_similarity_features(keys), None, num_removed), sizes
             if frequency_states is None:
                 features, importance = joint_similarity_features(keys), z_score(class_attention)
             else:
                 features = joint_similarity_features(keys, frequency_states.float())
                 importance = (z_score(class_attention) + z_score(frequency_importance)) / 2
-            return match_tokens(features, self.config.merge_importance_weight * importance, num_removed)
+            return match_tokens(features, self.config.merge_importance_weight * importance, num_removed), sizes
 
 
 # Encoders
@@ -346,6 +371,7 @@ class MLIPVisionEncoder(nn.Module):
         frequency_states: torch.Tensor | None,
         frequency_importance: torch.Tensor | None,
         output_token_map: bool = False,
+        caption_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MLIPVisionOutput:
         B, N = inputs_embeds.shape[0], inputs_embeds.shape[1] - 1
@@ -355,7 +381,14 @@ class MLIPVisionEncoder(nn.Module):
         attention_mask = None
         for layer, num_removed in zip(self.layers, self.tokens_removed(N), strict=True):
             hidden_states, frequency_states, frequency_importance, sizes, assignment = layer(
-                hidden_states, attention_mask, frequency_states, frequency_importance, sizes, num_removed, **kwargs
+                hidden_states,
+                attention_mask,
+                frequency_states,
+                frequency_importance,
+                sizes,
+                num_removed,
+                caption_states,
+                **kwargs,
             )
             if assignment is not None:
                 attention_mask = self.size_bias(sizes, hidden_states.dtype)
@@ -559,6 +592,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = False,
         output_token_map: bool = False,
+        caption_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MLIPVisionOutput:
         """Encodes images.
@@ -567,6 +601,8 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             pixel_values: `(B, 3, height, width)`, normalised as the image processor does.
             interpolate_pos_encoding: fits the position embeddings to images of another size than `image_size`.
             output_token_map: returns which token each patch became part of.
+            caption_states: `(B, D)`, the direction of each image's caption in this tower, which then guides
+                `merge_method="elip"`; the other methods have no use for it.
 
         Raises:
             ValueError: for another image size without `interpolate_pos_encoding`, or one that the patch size does not
@@ -586,7 +622,12 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             frequency_importance = self._frequency_importance(frequency_states, pooled_frequency)
         # Step (3): the encoder, with token merging
         outputs = self.encoder(
-            hidden_states, frequency_states, frequency_importance, output_token_map=output_token_map, **kwargs
+            hidden_states,
+            frequency_states,
+            frequency_importance,
+            output_token_map=output_token_map,
+            caption_states=caption_states,
+            **kwargs,
         )
         # Step (4): pooling and the post-LayerNorm, as CLIP
         return MLIPVisionOutput(  # anew, for the order of fields: `outputs[1]` is the pooled one, as in CLIP
@@ -702,14 +743,21 @@ class MLIPModel(MLIPPreTrainedModel):
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
         output_token_map: bool = False,
+        text_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MLIPVisionOutput:
         """The vision tower's output for `pixel_values` `(B, 3, height, width)`, its `pooler_output` `(B, P)` projected,
-        not normalised."""
+        not normalised. `text_embeds` `(B, P)` of the images' own captions guide `merge_method="elip"`: the class token
+        looks for what would make its embedding theirs. Mind that images then know their captions."""
+        caption_states = None
+        if text_embeds is not None:
+            weight = self.vision_model.post_layernorm.weight
+            caption_states = text_embeds.detach() @ (self.visual_projection.weight * weight).detach()  # (B, P) @ (P, D)
         vision_outputs: MLIPVisionOutput = self.vision_model(
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             output_token_map=output_token_map,
+            caption_states=caption_states,
             return_dict=True,
             **kwargs,
         )
@@ -743,19 +791,21 @@ class MLIPModel(MLIPPreTrainedModel):
             interpolate_pos_encoding: see `MLIPVisionModel`.
             output_token_map: see `MLIPVisionModel`.
         """
-        # Step (1): both towers
+        # Step (1): both towers; in training, where image i belongs to caption i, captions guide ELIP
+        text_outputs: BaseModelOutputWithPooling = self.get_text_features(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
+        guided = self.training and (return_loss or return_pairs) and self.config.merge_method == "elip"
         vision_outputs: MLIPVisionOutput = self.get_image_features(
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             output_token_map=output_token_map,
+            text_embeds=text_embeds if guided else None,
             **kwargs,
-        )
-        text_outputs: BaseModelOutputWithPooling = self.get_text_features(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
         # Step (2): instance-level embeddings and their similarity
         image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
-        text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
         logits_per_text = text_embeds @ image_embeds.t().to(text_embeds.device)
         logits_per_text = logits_per_text * self.logit_scale.exp().to(text_embeds.device)
         frequency_embeds = None
@@ -790,13 +840,14 @@ class MLIPModel(MLIPPreTrainedModel):
             vision_model_output=vision_outputs,
         )
 
-    def compute_losses(self, pairs: PairEmbeddings) -> dict[str, torch.Tensor]:
+    def compute_losses(self, pairs: PairEmbeddings, columns: PairColumns | None = None) -> dict[str, torch.Tensor]:
         """`losses.multi_level_loss` with this model's temperatures and weights."""
         return multi_level_loss(
             pairs,
             **self.logit_scales(),
             frequency_loss_weight=self.config.frequency_loss_weight,
             token_loss_weight=self.config.token_loss_weight,
+            columns=columns,
         )
 
     def _caption_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

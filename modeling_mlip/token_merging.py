@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Token merging as pure functions that know nothing of models: schedule, guide, matching, merge, unmerge.
+"""Token merging as pure functions that know nothing of models: schedule, guide, matching, pruning, merge, unmerge.
 
 A step is an `assignment` `(B, N)`: for each of N tokens the index of the one of M new tokens that it becomes part of.
 Whatever follows the tokens (hidden states, frequency features, importance, sizes) follows the same assignment.
@@ -44,6 +44,17 @@ def joint_similarity_features(*domains: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.nn.functional.normalize(part, dim=-1) for part in domains], dim=-1) / len(domains) ** 0.5
 
 
+def places(scores: torch.Tensor) -> torch.Tensor:
+    """`(B, N)` scores -> `(B, N)` int64 places, 0 for the highest, ties by position.
+
+    A place is the number of those ahead: ONNX has no stable sort.
+    """
+    this, other = scores[:, :, None], scores[:, None, :]
+    position = torch.arange(scores.shape[1], device=scores.device)
+    earlier = position[None, :] < position[:, None]
+    return ((other > this) | ((other == this) & earlier)).sum(dim=-1)
+
+
 def match_tokens(features: torch.Tensor, importance: torch.Tensor | None, num_removed: int) -> torch.Tensor:
     """Finds which tokens become one.
 
@@ -77,16 +88,28 @@ def _match_once(features: torch.Tensor, importance: torch.Tensor | None, num_rem
     proposers, targets = features[:, 1::2], features[:, 0::2]  # (B, N//2, C), (B, N - N//2, C)
     # Step (2)
     similarity, partner = (proposers @ targets.transpose(1, 2)).max(dim=-1)  # (B, N//2) each
-    # Step (3): a proposal's place is the number of those ahead of it (ONNX has no stable sort)
-    rank = similarity if importance is None else similarity - importance[:, 1::2]
-    this, other = rank[:, :, None], rank[:, None, :]
+    # Step (3)
+    place = places(similarity if importance is None else similarity - importance[:, 1::2])  # (B, N//2)
     position = torch.arange(N, device=features.device)
-    earlier = position[None, : N // 2] < position[: N // 2, None]
-    place = ((other > this) | ((other == this) & earlier)).sum(dim=-1)  # (B, N//2)
     target = torch.where(place < num_removed, 2 * partner, position[1::2])  # (B, N//2): who absorbs each proposer
     target = position.expand(B, N).scatter(1, position[1::2].expand(B, -1), target)  # (B, N): who absorbs each token
     new_index = (target == position).long().cumsum(dim=1) - 1  # survivors counted in order
     return new_index.gather(1, target)
+
+
+def fuse_least_important(importance: torch.Tensor, num_removed: int) -> torch.Tensor:
+    """Keeps the most important tokens and makes one of all others (ELIP, Guo et al. 2023, arXiv 2309.16738).
+
+    Args:
+        importance: `(B, N)`, ties by position.
+        num_removed: how many tokens to remove, fewer than N.
+
+    Returns:
+        assignment `(B, N)`: tokens that stay keep their order, and the last new one is the fused one.
+    """
+    num_new = importance.shape[1] - num_removed
+    stays = places(importance) < num_new - 1
+    return torch.where(stays, stays.long().cumsum(dim=1) - 1, num_new - 1)
 
 
 def compose(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -105,24 +128,24 @@ def merge_sizes(sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> 
     return (assignment_matrix(assignment, num_new, sizes.dtype) @ sizes[..., None])[..., 0]
 
 
-def merge_tokens(tokens: torch.Tensor, sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
-    """Size-weighted means of the tokens that become one.
+def merge_tokens(tokens: torch.Tensor, weights: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
+    """Weighted means of the tokens that become one.
 
     A product with a small matrix, which is deterministic on every device (adding at indices is not on a GPU), exports,
     and sums in integers first, so that half precision loses nothing but the last rounding.
 
     Args:
         tokens: `(B, N, C)`.
-        sizes: `(B, N)`, before the step.
+        weights: `(B, N)`, positive: the sizes before the step, or attention.
         assignment: `(B, N)`, values below `num_new`.
         num_new: M.
 
     Returns:
         `(B, M, C)` in the dtype of `tokens`.
     """
-    weights = assignment_matrix(assignment, num_new, tokens.dtype) * sizes[:, None, :].to(tokens.dtype)  # (B, M, N)
-    new_sizes = weights.sum(dim=-1, keepdim=True, dtype=torch.promote_types(tokens.dtype, torch.float32))  # (B, M, 1)
-    return ((weights @ tokens) / new_sizes).to(tokens.dtype)
+    matrix = assignment_matrix(assignment, num_new, tokens.dtype) * weights[:, None, :].to(tokens.dtype)  # (B, M, N)
+    totals = matrix.sum(dim=-1, keepdim=True, dtype=torch.promote_types(tokens.dtype, torch.float32))  # (B, M, 1)
+    return ((matrix @ tokens) / totals).to(tokens.dtype)
 
 
 def unmerge(tokens: torch.Tensor, token_map: torch.Tensor) -> torch.Tensor:

@@ -350,7 +350,7 @@ DAMAGES = {
     "no model type": (lambda path: damage_config(path, lambda c: c.pop("model_type")), "of type None"),
     "unknown merge method": (
         lambda path: damage_config(path, lambda c: c["vision_config"].update(merge_method="magic")),
-        "merge_method='magic' is unknown; choose one of 'mlip', 'tome'",
+        "merge_method='magic' is unknown; choose one of 'mlip', 'tome', 'elip'",
     ),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "no file named model.safetensors"),
     "weights cut off": (lambda path: truncate(path / "model.safetensors"), "cannot be read"),

@@ -111,7 +111,7 @@ def test_merging_keeps_the_promised_share_and_counts_every_patch(batch):
     assert grid.shape == (5, 8, 8, 32)
 
 
-@pytest.mark.parametrize("merge_method", ["mlip", "tome"])
+@pytest.mark.parametrize("merge_method", ["mlip", "tome", "elip"])
 @pytest.mark.parametrize("frequency_layers", [0, 2])
 def test_eager_equals_sdpa_with_merging(batch, merge_method, frequency_layers):
     vision = {"merge_ratio": 0.6, "merge_method": merge_method, "frequency_layers": frequency_layers}
@@ -196,6 +196,69 @@ def test_the_guide_protects_what_the_class_token_attends_to(batch):
         gone = proposers[attention[index, proposers].argsort()[:16]]  # the 16 of 32 with the least attention
         survivors = torch.tensor([patch for patch in range(64) if patch not in gone])
         assert outputs.token_map[index, survivors].tolist() == list(range(48))
+
+
+def test_elip_is_keeping_by_class_attention_and_fusing_the_rest_in_transformers_clip(batch):
+    """One stage, written out in CLIP's own modules: the layers after it see the size of the fused token."""
+    theirs, ours = clip_and_mlip(frequency_layers=0, merge_ratio=0.75, merge_method="elip", merge_layers=[1])
+    theirs.set_attn_implementation("eager")
+    theirs, ours = theirs.double(), ours.double()
+    pixels = batch["pixel_values"].double()
+    tower = theirs.vision_model
+    states = tower.pre_layrnorm(tower.embeddings(pixels))
+    bias = None
+    for index, layer in enumerate(tower.encoder.layers):
+        attended, weights = layer.self_attn(layer.layer_norm1(states), attention_mask=bias)
+        states = states + attended
+        if index == 1:
+            attention = weights.mean(dim=1)[:, 0, 1:]
+            rows = []
+            for image in range(5):
+                stay = attention[image].topk(15).indices.sort().values
+                rest = torch.tensor([token for token in range(64) if token not in stay])
+                share = attention[image, rest] / attention[image, rest].sum()
+                patches = states[image, 1:]
+                rows.append(torch.cat([states[image, :1], patches[stay], (share @ patches[rest])[None]]))
+            states = torch.stack(rows)
+            bias = torch.zeros(17, dtype=torch.float64)
+            bias[-1] = torch.tensor(49.0).log()
+        states = states + layer.mlp(layer.layer_norm2(states))
+    expected = theirs.visual_projection(tower.post_layernorm(states[:, 0]))
+    torch.testing.assert_close(ours.get_image_features(pixels).pooler_output, expected, rtol=0, atol=1e-6)
+
+
+def test_captions_guide_elip_in_training_and_never_in_evaluation(batch):
+    model = small_model(vision={"merge_ratio": 0.6, "merge_method": "elip"})
+    other = {**batch, "input_ids": batch["input_ids"].roll(1, 0), "attention_mask": batch["attention_mask"].roll(1, 0)}
+
+    def token_maps(model, batch):
+        return model(**batch, return_loss=True, output_token_map=True).vision_model_output.token_map
+
+    assert torch.equal(token_maps(model, batch), token_maps(model, other))
+    assert not torch.equal(token_maps(model.train(), batch), token_maps(model, other))
+    model.config.vision_config.merge_caption_weight = 0
+    unguided = token_maps(model, batch)
+    assert torch.equal(unguided, token_maps(model, other))
+    assert torch.equal(unguided, token_maps(model.eval(), batch))
+
+
+def test_the_caption_pulls_elip_towards_its_own_direction(batch):
+    """With the caption alone as the guide, tokens that attend most are those that the caption's query finds."""
+    vision = {"merge_ratio": 0.5, "merge_method": "elip", "merge_layers": [2], "merge_caption_weight": 1.0}
+    model = small_model(vision=vision)
+    text_embeds = torch.nn.functional.normalize(model.get_text_features(batch["input_ids"]).pooler_output, dim=-1)
+    outputs = model.get_image_features(
+        batch["pixel_values"], text_embeds=text_embeds, output_token_map=True, output_hidden_states=True
+    )
+    layer, states = model.vision_model.encoder.layers[2], outputs.hidden_states[2]
+    direction = text_embeds @ model.visual_projection.weight * model.vision_model.post_layernorm.weight
+    # The LayerNorm takes the length away, so any multiple of the direction asks the same.
+    query = layer.self_attn.q_proj(layer.layer_norm1(direction * 100)).view(5, 4, 8)
+    keys = layer.self_attn.k_proj(layer.layer_norm1(states)).view(5, 65, 4, 8)
+    attention = (torch.einsum("bhd,bshd->bhs", query, keys) * 8**-0.5).softmax(dim=-1).mean(dim=1)[:, 1:]
+    for image in range(5):
+        stay = attention[image].topk(31).indices.sort().values
+        assert outputs.token_map[image, stay].tolist() == list(range(31))
 
 
 def test_interpolated_positions_take_other_image_sizes(batch):
@@ -418,7 +481,7 @@ def test_merge_keys_have_one_home(tmp_path):
         ({"merge_layers": [12]}, "layer 12 does not exist"),
         ({"merge_layers": []}, "at least one layer"),
         ({"merge_layers": [3, 3]}, "each once"),
-        ({"merge_method": "best"}, "'best' is unknown; choose one of 'mlip', 'tome'"),
+        ({"merge_method": "best"}, "'best' is unknown; choose one of 'mlip', 'tome', 'elip'"),
         ({"frequency_layers": -1}, "frequency_layers=-1"),
         ({"vision_config": {"image_size": 225}}, r"image_size=225 is not divisible by patch_size=32.*\[224, 256\]"),
         ({"vision_config": {"pooling": "max"}}, "pooling='max'"),

@@ -7,11 +7,13 @@ import torch
 from modeling_mlip.token_merging import (
     assignment_matrix,
     compose,
+    fuse_least_important,
     joint_similarity_features,
     match_tokens,
     merge_schedule,
     merge_sizes,
     merge_tokens,
+    places,
     unmerge,
     z_score,
 )
@@ -102,6 +104,25 @@ def test_z_score_has_mean_0_and_deviation_1_and_survives_a_constant():
     torch.testing.assert_close(scores.mean(dim=1), torch.zeros(3), rtol=0, atol=1e-5)
     torch.testing.assert_close(scores.square().mean(dim=1), torch.ones(3), rtol=1e-4, atol=0)
     assert torch.equal(z_score(torch.ones(1, 4)), torch.zeros(1, 4))
+
+
+def test_places_are_those_of_a_stable_sort():
+    torch.manual_seed(0)
+    scores = torch.randint(0, 6, (5, 30)).float()  # with many ties
+    expected = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+    assert torch.equal(places(scores), expected)
+
+
+@pytest.mark.parametrize("num_removed", [1, 4, 8])
+def test_the_most_important_stay_and_the_rest_becomes_one(num_removed):
+    torch.manual_seed(0)
+    importance = torch.rand(4, 9)
+    assignment = fuse_least_important(importance, num_removed)
+    num_new = 9 - num_removed
+    for row, scores in zip(assignment.tolist(), importance, strict=True):
+        stay = sorted(scores.topk(num_new - 1).indices.tolist())
+        assert [row[token] for token in stay] == list(range(num_new - 1))
+        assert all(row[token] == num_new - 1 for token in range(9) if token not in stay)
 
 
 def test_merging_is_the_size_weighted_mean_and_conserves_size():
