@@ -55,13 +55,26 @@ SHUFFLE_BUFFER = 1000  # pairs of a stream, still encoded
 
 
 def load_pairs(args: DataArguments) -> DatasetDict | IterableDatasetDict:
+    """Read the splits "train" and "validation" (either may be missing) of image-caption pairs.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_splits`, or without a caption column.
+    """
+    _require_captions(args.data_dir)
+    splits = load_splits(args)
+    for dataset in splits.values():
+        find_columns(dataset, args)
+    return splits
+
+
+def load_splits(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     """Read the splits "train" and "validation" (either may be missing) from the one source that the flags name.
 
     Relative image paths in a csv, tsv, json or parquet file become relative to the file's folder.
 
     Raises:
         FileNotFoundError: a folder, file or Hub data set that is not there.
-        ValueError: no source or several, an unreadable or empty one, or one without an image or a caption column.
+        ValueError: no source or several, an unreadable or empty one, or one without an image column.
     """
     sources = {
         "--dataset_name": args.dataset_name,
@@ -93,7 +106,7 @@ def load_pairs(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         splits[split] = dataset = _first(dataset, limits[split])
         if _is_empty(dataset):
             raise ValueError(f"{given[0]} {sources[given[0]]}: the {split} split holds no pairs.")
-        find_columns(dataset, args)
+        find_image_column(dataset, args)
     return IterableDatasetDict(splits) if args.streaming else DatasetDict(splits)
 
 
@@ -119,12 +132,19 @@ def _load_folder(name: str, args: DataArguments) -> dict[str, Dataset | Iterable
         raise FileNotFoundError(f"--data_dir {name}: no such folder.")
     if any(folder.rglob("*.tar")):
         return _load(f"--data_dir {name}", "webdataset", args, data_dir=str(folder))
+    return _load(f"--data_dir {name}", "imagefolder", args, data_dir=str(folder))
+
+
+def _require_captions(data_dir: str | None) -> None:
+    """Refuses a folder of images alone before they are listed, which `datasets` takes for classes by folder."""
+    folder = Path(data_dir or "").expanduser()
+    if not data_dir or not folder.is_dir() or any(folder.rglob("*.tar")):
+        return
     if not any(path.suffix in (".csv", ".jsonl", ".parquet") for path in folder.rglob("metadata.*")):
         raise ValueError(
-            f"--data_dir {name}: found neither tar shards nor a metadata.csv or metadata.jsonl; add one with the "
+            f"--data_dir {data_dir}: found neither tar shards nor a metadata.csv or metadata.jsonl; add one with the "
             "columns file_name and caption, or give your own table as --train_file."
         )
-    return _load(f"--data_dir {name}", "imagefolder", args, data_dir=str(folder))
 
 
 def _load_files(flag: str, pattern: str, args: DataArguments) -> Dataset | IterableDataset:
@@ -161,7 +181,7 @@ def _load(source: str, path: str, args: DataArguments, **options: Any) -> dict[s
 def _with_paths_from(folder: str, dataset: Dataset | IterableDataset, args: DataArguments) -> Dataset | IterableDataset:
     """Make the image paths of a table relative to its folder; other kinds of images stay as they are."""
     features = dataset.features
-    column = find_columns(dataset, args)[0]
+    column = find_image_column(dataset, args)
     if features is not None and getattr(features[column], "dtype", None) not in ("string", "large_string"):
         return dataset
 
@@ -198,15 +218,14 @@ def find_columns(dataset: Dataset | IterableDataset, args: DataArguments) -> tup
 
     A caption inside a struct, such as the json of a webdataset, is named "json.caption".
     """
-    # A stream of csv or json knows its columns from its first row alone.
-    columns = dict(dataset.features or next(iter(dataset), {}))
+    columns = _columns(dataset)
     inner = {
         f"{outer}.{name}": kind
         for outer, names in columns.items()
         if isinstance(names, dict)
         for name, kind in names.items()
     }
-    image = _find("image", args.image_column, IMAGE_COLUMNS, columns)
+    image = find_image_column(dataset, args)
     caption = _find("caption", args.caption_column, CAPTION_COLUMNS, columns | inner)
     kind = (columns | inner)[caption]
     if dataset.features is not None and not _holds_text(kind):
@@ -215,6 +234,16 @@ def find_columns(dataset: Dataset | IterableDataset, args: DataArguments) -> tup
             "--caption_column."
         )
     return image, caption
+
+
+def find_image_column(dataset: Dataset | IterableDataset, args: DataArguments) -> str:
+    """The name of the image column, by flag or by its usual names."""
+    return _find("image", args.image_column, IMAGE_COLUMNS, _columns(dataset))
+
+
+def _columns(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    # A stream of csv or json knows its columns from its first row alone.
+    return dict(dataset.features or next(iter(dataset), {}))
 
 
 def _find(role: str, flag: str | None, usual: tuple[str, ...], columns: dict[str, Any]) -> str:
