@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 MAX_LOGIT_SCALE = math.log(100.0)
 # Similarities of token pairs held at a time: 2**24 of them take 64 MiB in float32.
 MAX_BLOCK_ELEMENTS = 2**24
+# Captions, from the shortest to the longest, are compared in at least so many blocks, each as wide as its longest.
+CAPTION_BLOCKS = 4
 
 
 def caption_keys(input_ids: torch.Tensor, caption_mask: torch.Tensor) -> torch.Tensor:
@@ -100,8 +102,9 @@ def token_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Late interaction (FILIP, Yao et al. 2022, arXiv 2111.07783, equations 4 and 5), image side weighted by size.
 
-    The `I x M x T x L` similarities are computed block by block and computed again in backward, so that memory is
-    bounded by a few blocks besides the tokens and their gradients.
+    Captions are sorted by length, so that hardly more than the tokens that count are compared. The similarities, where
+    they are many, are computed block by block and computed again in backward, so that memory is bounded by a few blocks
+    besides the tokens and their gradients.
 
     Args:
         image_tokens: `(I, M, P)`, normalised.
@@ -114,35 +117,56 @@ def token_scores(
         Two `(I, T)`: the weighted mean over image tokens of the best caption token, and the mean over caption tokens
         of the best image token.
     """
-    I, M, _ = image_tokens.shape
-    T, L, _ = text_tokens.shape
-    if max_block_elements >= I * M * T * L:
-        return _block_scores(image_tokens, image_weights, text_tokens, text_mask)
-    # Blocks about as tall as they are wide: the fewest tokens for their similarities.
-    side = max(math.isqrt(max_block_elements), 1)
-    images, captions = max(side // M, 1), max(side // L, 1)
-    text_blocks = list(zip(text_tokens.split(captions), text_mask.split(captions), strict=True))
+    (I, M, _), T = image_tokens.shape, text_tokens.shape[0]
+    order, text_tokens, lengths = _sorted_by_length(text_tokens, text_mask)
+    image_weights = image_weights.to(image_tokens.dtype)
+    # Few captions to a block, so that little of it is padding; where that is still large, blocks about as tall as wide.
+    fits = max_block_elements >= I * M * int(lengths.sum())
+    side = math.isqrt(max_block_elements)
+    images = I if fits else max(side // M, 1)
     rows = []
     for tokens, weights in zip(image_tokens.split(images), image_weights.split(images), strict=True):
-        row = [
-            checkpoint(_block_scores, tokens, weights, *block, use_reentrant=False, preserve_rng_state=False)
-            for block in text_blocks
-        ]
+        row, first = [], 0
+        while first < T:
+            end = min(first + math.ceil(T / CAPTION_BLOCKS), T)
+            if not fits:
+                end = min(end, first + max(side // int(lengths[end - 1]), 1))
+            block = (tokens, weights, text_tokens[first:end, : int(lengths[end - 1])], lengths[first:end])
+            if fits:
+                row.append(_block_scores(*block))
+            else:
+                row.append(checkpoint(_block_scores, *block, use_reentrant=False, preserve_rng_state=False))
+            first = end
         rows.append([torch.cat(scores, dim=1) for scores in zip(*row, strict=True)])
-    by_image, by_text = (torch.cat(scores, dim=0) for scores in zip(*rows, strict=True))
+    place = order.argsort()
+    by_image, by_text = (torch.cat(scores, dim=0)[:, place] for scores in zip(*rows, strict=True))
     return by_image, by_text
 
 
+def _sorted_by_length(
+    text_tokens: torch.Tensor, text_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Captions from the shortest to the longest: their order `(T,)`, tokens `(T, L, P)`, lengths `(T,)` on the CPU.
+
+    The tokens that count come first; those that do not become copies of the first, which no maximum is changed by.
+    """
+    lengths, order = text_mask.sum(dim=1).sort(stable=True)
+    counts = torch.arange(text_mask.shape[1], device=text_mask.device) < lengths[:, None]  # (T, L)
+    position = text_mask[order].long().argsort(dim=1, descending=True, stable=True)
+    position = torch.where(counts, position, position[:, :1])
+    tokens = text_tokens[order].gather(1, position[..., None].expand(-1, -1, text_tokens.shape[-1]))
+    return order, tokens, lengths.cpu()
+
+
 def _block_scores(
-    image_tokens: torch.Tensor, image_weights: torch.Tensor, text_tokens: torch.Tensor, text_mask: torch.Tensor
+    image_tokens: torch.Tensor, image_weights: torch.Tensor, text_tokens: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    I, M, _ = image_tokens.shape
-    T, L, _ = text_tokens.shape
+    (I, M, _), (T, L, _) = image_tokens.shape, text_tokens.shape
     similarity = (image_tokens.flatten(0, 1) @ text_tokens.flatten(0, 1).t()).view(I, M, T, L)
-    # The best image token needs no mask: a caption token that does not count has weight 0 in the mean.
     best_image = similarity.max(dim=1).values  # (I, T, L)
-    best_text = similarity.masked_fill_(~text_mask, -torch.inf).max(dim=3).values  # (I, M, T)
-    text_weights = text_mask.to(similarity.dtype) / text_mask.sum(dim=1, keepdim=True)
+    best_text = similarity.max(dim=3).values  # (I, M, T)
+    lengths = lengths.to(similarity.device)[:, None]
+    text_weights = (torch.arange(L, device=lengths.device) < lengths) / lengths.to(similarity.dtype)
     by_image = torch.einsum("imt,im->it", best_text, image_weights.to(similarity.dtype))
     by_text = torch.einsum("itl,tl->it", best_image, text_weights)
     return by_image, by_text
