@@ -55,22 +55,26 @@ def places(scores: torch.Tensor) -> torch.Tensor:
     return ((other > this) | ((other == this) & earlier)).sum(dim=-1)
 
 
-def match_tokens(features: torch.Tensor, importance: torch.Tensor | None, num_removed: int) -> torch.Tensor:
+def match_tokens(
+    features: torch.Tensor, importance: torch.Tensor | None, num_removed: int, max_share: float = 0.5
+) -> torch.Tensor:
     """Finds which tokens become one.
 
     Step (1): alternate tokens form two sets. Step (2): each of the first set proposes the token of the second that
     resembles it most. Step (3): the proposals are ranked by similarity minus importance, ties by position, and the best
-    `num_removed` are carried out. More than half of the tokens go in several such rounds.
+    are carried out. More than `max_share` of the tokens go in several such rounds: in a round that takes half of them
+    every proposal is carried out, also that of a token that resembles no other.
 
     Args:
         features: `(B, N, C)`, whose dot products are similarities.
         importance: `(B, N)` in units of similarity; important tokens go later. `None`: no guide.
         num_removed: how many tokens to remove, fewer than N.
+        max_share: share of the tokens that one round removes at most, up to a half.
 
     Returns:
         assignment `(B, N)`, values 0 to N - num_removed - 1; new tokens keep the order of the old.
     """
-    num_here = min(num_removed, features.shape[1] // 2)
+    num_here = min(num_removed, max(int(features.shape[1] * max_share), 1))
     assignment = _match_once(features, importance, num_here)
     if num_here == num_removed:
         return assignment
@@ -79,7 +83,7 @@ def match_tokens(features: torch.Tensor, importance: torch.Tensor | None, num_re
     features = merge_tokens(features, ones, assignment, num_left)
     if importance is not None:
         importance = merge_tokens(importance[..., None], ones, assignment, num_left)[..., 0]
-    return compose(assignment, match_tokens(features, importance, num_removed - num_here))
+    return compose(assignment, match_tokens(features, importance, num_removed - num_here, max_share))
 
 
 def _match_once(features: torch.Tensor, importance: torch.Tensor | None, num_removed: int) -> torch.Tensor:

@@ -49,11 +49,12 @@ def test_schedule_without_merging_removes_nothing():
 
 @pytest.mark.parametrize("num_tokens, num_removed", [(8, 1), (8, 4), (9, 4), (9, 8), (16, 11), (2, 1)])
 @pytest.mark.parametrize("guided", [True, False])
-def test_every_token_becomes_part_of_exactly_one(num_tokens, num_removed, guided):
+@pytest.mark.parametrize("max_share", [0.5, 0.25, 0.01])
+def test_every_token_becomes_part_of_exactly_one(num_tokens, num_removed, guided, max_share):
     torch.manual_seed(0)
     features = joint_similarity_features(torch.randn(3, num_tokens, 5))
     importance = torch.randn(3, num_tokens) if guided else None
-    assignment = match_tokens(features, importance, num_removed)
+    assignment = match_tokens(features, importance, num_removed, max_share)
     num_new = num_tokens - num_removed
     assert assignment.shape == (3, num_tokens)
     assert (assignment_matrix(assignment, num_new, torch.int64).sum(dim=1) == 1).all()  # each old in one new
@@ -76,6 +77,16 @@ def test_importance_decides_between_equally_similar_pairs():
     assignment = match_tokens(joint_similarity_features(tokens), importance, 2)
     merged = [pair for pair in range(4) if assignment[0, 2 * pair] == assignment[0, 2 * pair + 1]]
     assert merged == [1, 2]
+
+
+def test_in_rounds_a_token_that_resembles_none_stays():
+    """Six equal tokens and two that resemble nothing: at half in one round one of these has to go."""
+    tokens = torch.eye(8)[[0, 0, 0, 0, 0, 0, 1, 2]][None]
+    forced = match_tokens(tokens, None, 4, max_share=0.5)
+    in_rounds = match_tokens(tokens, None, 4, max_share=0.25)
+    assert len(forced[0, 6:].unique()) < 2 or (forced[0] == forced[0, 7]).sum() > 1
+    for token in (6, 7):
+        assert (in_rounds[0] == in_rounds[0, token]).sum() == 1
 
 
 def test_ties_go_by_position():
