@@ -60,17 +60,17 @@ def load_pairs(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     Raises:
         FileNotFoundError, ValueError: as `load_splits`, or without a caption column.
     """
-    _require_captions(args.data_dir)
-    splits = load_splits(args)
+    splits = load_splits(args, captioned=True)
     for dataset in splits.values():
         find_columns(dataset, args)
     return splits
 
 
-def load_splits(args: DataArguments) -> DatasetDict | IterableDatasetDict:
+def load_splits(args: DataArguments, captioned: bool = False) -> DatasetDict | IterableDatasetDict:
     """Read the splits "train" and "validation" (either may be missing) from the one source that the flags name.
 
-    Relative image paths in a csv, tsv, json or parquet file become relative to the file's folder.
+    Relative image paths in a csv, tsv, json or parquet file become relative to the file's folder. With `captioned` a folder
+    of images alone is refused before they are listed; without, the names of its folders are classes.
 
     Raises:
         FileNotFoundError: a folder, file or Hub data set that is not there.
@@ -90,7 +90,7 @@ def load_splits(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     if args.dataset_name:
         found = _load_name(args.dataset_name, args)
     elif args.data_dir:
-        found = _load_folder(args.data_dir, args)
+        found = _load_folder(args.data_dir, args, captioned)
     else:
         patterns = {"train": args.train_file, "validation": args.validation_file}
         found = {split: _load_files(f"--{split}_file", files, args) for split, files in patterns.items() if files}
@@ -126,25 +126,19 @@ def _load_name(name: str, args: DataArguments) -> dict[str, Dataset | IterableDa
     }
 
 
-def _load_folder(name: str, args: DataArguments) -> dict[str, Dataset | IterableDataset]:
+def _load_folder(name: str, args: DataArguments, captioned: bool) -> dict[str, Dataset | IterableDataset]:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"--data_dir {name}: no such folder.")
     if any(folder.rglob("*.tar")):
         return _load(f"--data_dir {name}", "webdataset", args, data_dir=str(folder))
-    return _load(f"--data_dir {name}", "imagefolder", args, data_dir=str(folder))
-
-
-def _require_captions(data_dir: str | None) -> None:
-    """Refuses a folder of images alone before they are listed, which `datasets` takes for classes by folder."""
-    folder = Path(data_dir or "").expanduser()
-    if not data_dir or not folder.is_dir() or any(folder.rglob("*.tar")):
-        return
-    if not any(path.suffix in (".csv", ".jsonl", ".parquet") for path in folder.rglob("metadata.*")):
+    has_table = any(path.suffix in (".csv", ".jsonl", ".parquet") for path in folder.rglob("metadata.*"))
+    if captioned and not has_table:
         raise ValueError(
-            f"--data_dir {data_dir}: found neither tar shards nor a metadata.csv or metadata.jsonl; add one with the "
+            f"--data_dir {name}: found neither tar shards nor a metadata.csv or metadata.jsonl; add one with the "
             "columns file_name and caption, or give your own table as --train_file."
         )
+    return _load(f"--data_dir {name}", "imagefolder", args, data_dir=str(folder))
 
 
 def _load_files(flag: str, pattern: str, args: DataArguments) -> Dataset | IterableDataset:
