@@ -69,8 +69,8 @@ def load_pairs(args: DataArguments) -> DatasetDict | IterableDatasetDict:
 def load_splits(args: DataArguments, captioned: bool = False) -> DatasetDict | IterableDatasetDict:
     """Read the splits "train" and "validation" (either may be missing) from the one source that the flags name.
 
-    Relative image paths in a csv, tsv, json or parquet file become relative to the file's folder. With `captioned` a folder
-    of images alone is refused before they are listed; without, the names of its folders are classes.
+    Relative image paths in a csv, tsv, json or parquet file become relative to the file's folder. With `captioned` a
+    folder of images alone is refused before they are listed; without, the names of its folders are classes.
 
     Raises:
         FileNotFoundError: a folder, file or Hub data set that is not there.
