@@ -295,7 +295,7 @@ def write_report(
     """
     body = [f"<h1>{html.escape(title)}</h1>"]
     for heading, rows in tables:
-        body.append(f"<h2>{html.escape(heading)}</h2>\n{_html_table(rows)}")
+        body.append(f"<h2>{html.escape(heading)}</h2>\n{html_table(rows)}")
     for caption, picture in pictures:
         kind = mimetypes.guess_type(picture)[0] or "image/png"
         data = base64.b64encode(Path(picture).read_bytes()).decode()
@@ -310,7 +310,7 @@ def write_report(
     return path
 
 
-def _html_table(rows: list[dict[str, Any]]) -> str:
+def html_table(rows: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(f"<th>{html.escape(key)}</th>" for key in columns)
     lines = []
