@@ -169,7 +169,7 @@ def _load(source: str, path: str, args: DataArguments, **options: Any) -> dict[s
             cause = cause.__cause__
         if "corresponds to no data" in str(cause):
             raise ValueError(f"{source}: holds no pairs.") from error
-        raise kind(f"{source} could not be read: {_one_line(cause)}") from error
+        raise kind(f"{source} could not be read: {one_line(cause)}") from error
 
 
 def _with_paths_from(folder: str, dataset: Dataset | IterableDataset, args: DataArguments) -> Dataset | IterableDataset:
@@ -193,10 +193,10 @@ def _first(dataset: Dataset | IterableDataset, limit: int | None) -> Dataset | I
 
 
 def _is_empty(dataset: Dataset | IterableDataset) -> bool:
-    return next(iter(_undecoded(dataset)), None) is None
+    return next(iter(undecoded(dataset)), None) is None
 
 
-def _undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The same rows with every image as {"bytes", "path"}, so that a broken one does not raise inside datasets."""
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
@@ -371,7 +371,7 @@ class _Pairs:
         seed: int,
         augmentation: Callable[[Image.Image], Any] | None = None,
     ):
-        self.dataset = _undecoded(dataset)
+        self.dataset = undecoded(dataset)
         self.image_column = image_column
         self.caption_column = caption_column
         self.transform = transform
@@ -395,7 +395,7 @@ class _Pairs:
                 raise ValueError("the caption is empty")
             image = read_image(data, path)
         except Exception as error:
-            return {"where": f"{where} ({path})" if path else where, "error": _one_line(error)}
+            return {"where": f"{where} ({path})" if path else where, "error": one_line(error)}
 
         image_id = path if data is None else f"{stable_hash(data):x}"
         if self.training:
@@ -437,7 +437,7 @@ class StreamedPairDataset(_Pairs, torch.utils.data.IterableDataset):
             yield self.item(row, where=f"row {count} {reader}")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "this is not an image of a known format"  # PIL's own text holds an address
     text = str(error).strip().splitlines()
