@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Spatial grid -> frequency -> spatial grid, as pure functions.
+"""Pixels -> frequency, and spatial grid -> frequency -> spatial grid, as pure functions.
 
 The global filter follows GFNet (Rao et al. 2021, arXiv 2107.00645, equations 4 to 6): multiplication in the half
 spectrum of a real grid. Axes: B images, H x W patches, C channels.
@@ -7,6 +7,32 @@ spectrum of a real grid. Axes: B images, H x W patches, C channels.
 
 import torch
 from torch import nn
+
+# Added to the power of normalised pixel values before the logarithm: what is fainter than 0.1 is as good as absent.
+POWER_FLOOR = 0.01
+
+
+def log_amplitude(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The logarithm of the amplitude of every spatial frequency within each patch.
+
+    It tells what a patch is made of and not where in the patch it lies: a shift changes the phase alone, so stripes are
+    the same wherever they begin. A linear patch embedding cannot tell that.
+
+    Args:
+        pixel_values: `(B, C, H * patch_size, W * patch_size)`.
+        patch_size: side of a patch.
+
+    Returns:
+        `(B, H * W, C * patch_size * (patch_size // 2 + 1))` in the dtype of `pixel_values`; computed in at least
+        float32.
+    """
+    with torch.autocast(device_type=pixel_values.device.type, enabled=False):
+        compute_dtype = torch.promote_types(pixel_values.dtype, torch.float32)
+        patches = pixel_values.to(compute_dtype).unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, C, H, p, W, p) -> (B, H, W, C, p, p)
+        spectrum = torch.view_as_real(torch.fft.rfft2(patches, norm="ortho"))  # (B, H, W, C, p, p//2+1, 2)
+        amplitude = (spectrum.square().sum(dim=-1) + POWER_FLOOR).log() / 2
+        return amplitude.flatten(3).flatten(1, 2).to(pixel_values.dtype)
 
 
 def half_spectrum_shape(height: int, width: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ P width of the shared space, T captions, L caption tokens, h heads, d width of a
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
-from .frequency import apply_spectral_filter, half_spectrum_shape, resize_spectral_filter
+from .frequency import apply_spectral_filter, half_spectrum_shape, log_amplitude, resize_spectral_filter
 from .losses import PairColumns, PairEmbeddings, TokenEmbeddings, caption_keys, multi_level_loss
 from .token_merging import (
     compose,
@@ -156,22 +157,30 @@ class MLIPFrequencyBlock(nn.Module):
 
 
 class MLIPFrequencyStage(nn.Module):
-    """The frequency domain beside the spatial stream, which it enters through a gate that starts at zero."""
+    """The frequency domain beside the spatial stream, which it enters through a gate that starts at zero.
+
+    It sees every patch twice: as the tower embeds it, and by its amplitude spectrum, which no linear embedding tells.
+    """
 
     def __init__(self, config: MLIPVisionConfig):
         super().__init__()
         self.config = config
         size = config.frequency_hidden_size
+        num_amplitudes = config.num_channels * math.prod(half_spectrum_shape(config.patch_size, config.patch_size))
         self.input_projection = nn.Linear(config.hidden_size, size)
+        self.spectrum_projection = nn.Linear(num_amplitudes, size, bias=False)
         self.layers = nn.ModuleList([MLIPFrequencyBlock(config) for _ in range(config.frequency_layers)])
         self.layer_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.query = nn.Parameter(torch.empty(size))
         self.output_projection = nn.Linear(size, config.hidden_size)
         self.gate = nn.Parameter(torch.empty(config.hidden_size))
 
-    def forward(self, patches: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`(B, N, D)` -> what to add to the patches `(B, N, D)`, features `(B, N, F)`, pooled `(B, F)`."""
-        states = self.input_projection(patches)
+    def forward(
+        self, patches: torch.Tensor, pixel_values: torch.Tensor, grid: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`(B, N, D)` and the images -> what to add to them `(B, N, D)`, features `(B, N, F)`, pooled `(B, F)`."""
+        amplitude = log_amplitude(pixel_values.to(patches.dtype), self.config.patch_size)
+        states = self.input_projection(patches) + self.spectrum_projection(amplitude)
         for layer in self.layers:
             states = layer(states, grid)
         states = self.layer_norm(states)
@@ -467,7 +476,8 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             for weight in (module.spectral_filter, module.fc1.weight, module.fc2.weight):
                 init.normal_(weight, std=std)
         elif isinstance(module, MLIPFrequencyStage):
-            init.normal_(module.input_projection.weight, std=module.config.hidden_size**-0.5 * factor)
+            for projection in (module.input_projection, module.spectrum_projection):
+                init.normal_(projection.weight, std=projection.in_features**-0.5 * factor)
             init.normal_(module.output_projection.weight, std=module.config.frequency_hidden_size**-0.5 * factor)
             init.normal_(module.query, std=module.config.initializer_range * factor)
             init.zeros_(module.gate)
@@ -621,7 +631,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
         # Step (2): the frequency stage, beside the spatial stream
         frequency_states = pooled_frequency = frequency_importance = None
         if self.frequency is not None:
-            injection, frequency_states, pooled_frequency = self.frequency(hidden_states[:, 1:], grid)
+            injection, frequency_states, pooled_frequency = self.frequency(hidden_states[:, 1:], pixel_values, grid)
             hidden_states = torch.cat([hidden_states[:, :1], hidden_states[:, 1:] + injection], dim=1)
             frequency_importance = self._frequency_importance(frequency_states, pooled_frequency)
         # Step (3): the encoder, with token merging

@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from modeling_mlip.frequency import apply_spectral_filter, half_spectrum_shape, resize_spectral_filter
+from modeling_mlip.frequency import (
+    POWER_FLOOR,
+    apply_spectral_filter,
+    half_spectrum_shape,
+    log_amplitude,
+    resize_spectral_filter,
+)
 
 GRIDS = [(4, 4), (5, 5), (6, 4), (3, 7), (1, 1)]
 
@@ -101,3 +107,33 @@ def test_resized_low_frequency_stays_at_the_lowest():
     resized = resize_spectral_filter(spectral_filter, (9, 9), width=6)
     assert resized[0, 0, 0, 0] == pytest.approx(1, abs=1e-6)
     assert resized[..., 0].argmax() == 0
+
+
+@pytest.mark.parametrize("patch_size", [4, 5])
+def test_log_amplitude_is_that_of_a_written_out_transform(patch_size):
+    pixels = torch.randn(2, 3, 2 * patch_size, 3 * patch_size, dtype=torch.float64)
+    found = log_amplitude(pixels, patch_size).unflatten(1, (2, 3)).unflatten(3, (3, patch_size, -1))
+    for row in range(2):
+        for column in range(3):
+            rows = slice(row * patch_size, (row + 1) * patch_size)
+            columns = slice(column * patch_size, (column + 1) * patch_size)
+            spectrum = dft(pixels[:, :, rows, columns].permute(0, 2, 3, 1), sign=-1).permute(0, 3, 1, 2)
+            expected = (spectrum.abs().square() + POWER_FLOOR).sqrt().log()[..., : patch_size // 2 + 1]
+            torch.testing.assert_close(found[:, row, column], expected, rtol=0, atol=1e-10)
+
+
+def test_log_amplitude_does_not_tell_where_stripes_begin():
+    position = torch.arange(16).double()
+    stripes = torch.stack([torch.cos(math.pi / 4 * (position + shift)) for shift in range(8)])  # a period of 8 pixels
+    images = stripes[:, None, None, :].expand(8, 3, 16, 16)
+    amplitude = log_amplitude(images, patch_size=8)
+    torch.testing.assert_close(amplitude, amplitude[:1].expand_as(amplitude), rtol=0, atol=1e-10)
+    finer = log_amplitude(torch.cos(math.pi / 2 * position).expand(1, 3, 16, 16), patch_size=8)
+    assert (finer - amplitude[:1]).abs().max() > 1
+
+
+def test_log_amplitude_of_half_precision_is_computed_in_float32():
+    pixels = torch.randn(2, 3, 16, 16).bfloat16()
+    found = log_amplitude(pixels, 8)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, log_amplitude(pixels.float(), 8).bfloat16(), rtol=0, atol=0)
