@@ -31,7 +31,8 @@ def log_amplitude(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
         patches = pixel_values.to(compute_dtype).unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, C, H, p, W, p) -> (B, H, W, C, p, p)
         spectrum = torch.view_as_real(torch.fft.rfft2(patches, norm="ortho"))  # (B, H, W, C, p, p//2+1, 2)
-        amplitude = (spectrum.square().sum(dim=-1) + POWER_FLOOR).log() / 2
+        real, imaginary = spectrum.unbind(dim=-1)
+        amplitude = (real.square() + imaginary.square() + POWER_FLOOR).log() / 2
         return amplitude.flatten(3).flatten(1, 2).to(pixel_values.dtype)
 
 
