@@ -1,28 +1,28 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """MLIPTrainer and the two commands, on a few drawn pairs."""
 
+import copy
 import json
+import math
 import os
-import socket
 
 import datasets
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
-from conftest import TEXT, open_gate, pairs_batch, small_config, small_model
+from conftest import TEXT, small_config
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, CLIPProcessor, pipeline
+from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, CLIPProcessor, TrainerCallback, pipeline
 
 from modeling_mlip import MLIPModel
-from modeling_mlip.losses import MAX_LOGIT_SCALE
+from modeling_mlip.losses import MAX_LOGIT_SCALE, PairEmbeddings
 from modeling_mlip.training import MLIPTrainer, MLIPTrainingArguments
 from modeling_mlip.training.arguments import DataArguments, ModelArguments
 from modeling_mlip.training.command import main as mlip
 from modeling_mlip.training.configs import NAMED_CONFIGS, named_config, override_config
 from modeling_mlip.training.data import PairDataset, image_transform
-from modeling_mlip.training.distributed import gather_pairs
+from modeling_mlip.training.guard import StepGuard
 from modeling_mlip.training.shapes import shapes_dataset
 from modeling_mlip.training.train import build_processor
 
@@ -222,63 +222,107 @@ def test_gradient_accumulation_is_a_mean(drawn, tmp_path):
         torch.testing.assert_close(weights[1][name].cpu(), weight.cpu(), rtol=0, atol=1e-5, msg=name)
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_the_batch(drawn, tmp_path):
+def poison(trainer: MLIPTrainer, *rows: int) -> None:
+    """Makes the pixels of these rows infinite."""
+    item_of = trainer.train_dataset.item
+
+    def item(row, where, key=None):
+        made = item_of(row, where, key)
+        if int(where.removeprefix("row ")) in rows:
+            made["pixel_values"] = torch.full_like(made["pixel_values"], torch.inf)
+        return made
+
+    trainer.train_dataset.item = item
+
+
+class Snapshots(TrainerCallback):
+    """Weights, optimizer state and schedule after every step."""
+
+    def __init__(self):
+        self.taken = []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+        states = [optimizer.state_dict()["state"], lr_scheduler.state_dict()]
+        self.taken.append(copy.deepcopy({"weights": model.state_dict(), "states": str(states)}))
+
+    def unchanged(self, step: int) -> bool:
+        before, after = self.taken[step - 1], self.taken[step]
+        same = all(torch.equal(weight, after["weights"][name]) for name, weight in before["weights"].items())
+        return same and before["states"] == after["states"]
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(drawn, tmp_path, mini_batch_size):
+    split = {"mini_batch_size": mini_batch_size}
+    trainer = make_trainer(tmp_path, drawn, max_steps=3, logging_steps=1, train_sampling_strategy="sequential", **split)
+    poison(trainer, 8, 13)  # of step 1
+    snapshots = Snapshots()
+    trainer.add_callback(snapshots)
+    trainer.train()
+    assert [snapshots.unchanged(step) for step in (1, 2)] == [True, False]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["skipped_steps"] for entry in logs] == [0, 1, 1]
+    assert ["spatial_loss" in entry for entry in logs] == [True, False, True]
+    assert all(np.isfinite(entry[part]) for entry in (logs[0], logs[2]) for part in ("loss", "token_loss", "grad_norm"))
+
+
+@pytest.mark.parametrize("max_nonfinite_steps", [1, 2])
+def test_too_many_steps_in_a_row_that_are_not_finite_name_the_samples(drawn, tmp_path, max_nonfinite_steps):
+    limits = {"max_steps": 9, "max_nonfinite_steps": max_nonfinite_steps}
+    trainer = make_trainer(tmp_path, drawn, train_sampling_strategy="sequential", **limits)
+    poison(trainer, 3, 17, 18, 27)  # of steps 0, 2 and 3
+    snapshots = Snapshots()
+    trainer.add_callback(snapshots)
+    steps, samples = {1: (0, "row 3"), 2: (2, "row 17, row 18, row 27")}[max_nonfinite_steps]
+    with pytest.raises(ValueError, match=rf"not finite.* {max_nonfinite_steps} in a row.*The samples: {samples}\."):
+        trainer.train()
+    assert len(snapshots.taken) == steps + max_nonfinite_steps - 1
+
+
+def test_a_run_without_one_finite_step_fails_however_short(drawn, tmp_path):
     trainer = make_trainer(tmp_path, drawn)
     with torch.no_grad():
         trainer.model.visual_projection.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"not finite at step 0.*row \d+, row \d+"):
+    with pytest.raises(ValueError, match=r"not finite at step 1, 2 in a row.*row \d+, row \d+"):
         trainer.train()
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_refused_too():
+    guard = StepGuard(max_nonfinite_steps=2)
+    pairs = PairEmbeddings(torch.ones(3, 2), torch.ones(3, 2), torch.arange(3))
+    verdicts = []
+    for norm in (1.0, math.inf, torch.tensor(1.0), math.nan):
+        guard.watch(torch.tensor(1.0), ["a", "b", "c"], pairs)
+        verdicts.append(guard.refuses(norm, step=0, max_steps=9))
+    assert verdicts == [False, True, False, True]
+    assert guard.skipped_steps == 2
+    broken = pairs._replace(image_embeds=torch.tensor([[1.0, 1.0], [1.0, torch.nan], [1.0, 1.0]]))
+    guard.watch(torch.tensor(1.0), ["d", "e", "f"], broken)
+    with pytest.raises(ValueError, match=r"The samples: a, b, c, e\."):
+        guard.refuses(math.nan, step=4, max_steps=9)
+
+
+def test_logs_tell_speed_and_the_tokens_of_each_layer(drawn, tmp_path):
+    trainer = make_trainer(tmp_path, drawn, logging_steps=1)
+    trainer.model.set_merge_ratio(0.5)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    tokens = [entry[f"vision_tokens_layer_{layer}"] for layer in range(2)]
+    assert 16 >= tokens[0] >= tokens[1] == 8
+    assert entry["images_per_second"] > 0 and np.isfinite(entry["grad_norm"])
+    assert entry["skipped_steps"] == entry["skipped_samples"] == 0
+
+
+@pytest.mark.parametrize("argument", [("mini_batch_size", 0), ("max_nonfinite_steps", 0), ("token_loss_scope", "node")])
+def test_an_argument_out_of_its_range_is_refused(drawn, tmp_path, argument):
+    name, value = argument
+    with pytest.raises(ValueError, match=f"{name}={value!r}: choose"):
+        make_trainer(tmp_path, drawn, **{name: value})
 
 
 def test_one_pair_is_no_contrastive_batch(drawn, tmp_path):
     with pytest.raises(ValueError, match="per_device_train_batch_size=1"):
         make_trainer(tmp_path, drawn, per_device_train_batch_size=1)
-
-
-# Several processes
-
-
-def _gradients_of_a_process(rank: int, world_size: int, port: int, path: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    model = _float64_model()
-    batch = _batch_with_a_duplicate()
-    rows = torch.arange(6).tensor_split([2] if world_size == 2 else [1, 3])[rank]  # uneven: 2 + 4, or 1 + 2 + 3
-    share = {name: value[rows] for name, value in batch.items()}
-    longest = int(share["attention_mask"].sum(dim=1).max())  # each process pads to its own longest caption
-    for name in ("input_ids", "attention_mask"):
-        share[name] = share[name][:, :longest]
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    model.compute_losses(gather_pairs(wrapped(**share, return_pairs=True).pairs))["loss"].backward()
-    if rank == 0:
-        torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, path)
-    torch.distributed.destroy_process_group()
-
-
-def _float64_model() -> MLIPModel:
-    return open_gate(small_model(vision={"merge_ratio": 0.5})).double().train()
-
-
-def _batch_with_a_duplicate() -> dict[str, torch.Tensor]:
-    batch = pairs_batch(6)
-    batch["pixel_values"] = batch["pixel_values"].double()
-    batch["input_ids"][5], batch["attention_mask"][5] = batch["input_ids"][0], batch["attention_mask"][0]
-    return {**batch, "image_ids": torch.tensor([1, 2, 3, 2, 4, 5])}
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_gradients_of_several_processes_equal_those_of_one_batch(tmp_path, world_size):
-    model = _float64_model()
-    model(**_batch_with_a_duplicate(), return_loss=True).loss.backward()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = str(tmp_path / "gradients.pt")
-    torch.multiprocessing.spawn(_gradients_of_a_process, args=(world_size, port, path), nprocs=world_size)
-    gathered = torch.load(path)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(gathered[name], parameter.grad, rtol=0, atol=1e-9, msg=name)
 
 
 # Configurations

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from .distributed import TOKEN_LOSS_SCOPES
+
 
 @dataclass
 class ModelArguments:
@@ -91,6 +93,25 @@ class MLIPTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "After training, evaluate at merge ratios 0, 0.3, 0.5 and 0.7 too, for the model card."},
     )
+    mini_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs that a device computes at a time, to fit --per_device_train_batch_size into memory. The "
+            "gradients are those of the whole batch; the towers' forward pass is computed twice."
+        },
+    )
+    token_loss_scope: str = field(
+        default="global",
+        metadata={
+            "help": "The negatives of the token loss: 'global', the pairs of all devices, or 'local', its own."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=5,
+        metadata={
+            "help": "A step whose loss or gradient is not finite is skipped; so many of them in a row end the run."
+        },
+    )
     skip_budget: float = field(
         default=0.01, metadata={"help": "Share of broken images and empty captions at which the run stops."}
     )
@@ -101,5 +122,16 @@ class MLIPTrainingArguments(TrainingArguments):
         # The collator and the model agree on their own keys, and loss parts are no labels.
         self.remove_unused_columns = False
         self.label_names = []
+        # Every weight has a gradient in every step, and the only buffers are positions.
+        self.ddp_find_unused_parameters = self.ddp_find_unused_parameters or False
+        self.ddp_broadcast_buffers = self.ddp_broadcast_buffers or False
         if not 0 <= self.skip_budget <= 1:
             raise ValueError(f"skip_budget={self.skip_budget}: choose a share from 0 to 1.")
+        if self.mini_batch_size is not None and self.mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size={self.mini_batch_size}: choose 1 or more, or leave it out.")
+        if self.max_nonfinite_steps < 1:
+            raise ValueError(f"max_nonfinite_steps={self.max_nonfinite_steps}: choose 1 or more.")
+        if self.token_loss_scope not in TOKEN_LOSS_SCOPES:
+            raise ValueError(
+                f"token_loss_scope={self.token_loss_scope!r}: choose one of {', '.join(TOKEN_LOSS_SCOPES)}."
+            )

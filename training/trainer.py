@@ -5,11 +5,14 @@ trainer = MLIPTrainer(model, MLIPTrainingArguments("out"), train_dataset=train, 
 trainer.train()
 """
 
+import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPProcessor, Trainer, TrainerCallback
@@ -17,12 +20,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_mlip import MLIPModel
-from modeling_mlip.losses import MAX_LOGIT_SCALE
+from modeling_mlip.losses import MAX_LOGIT_SCALE, PairEmbeddings
 
 from .arguments import MLIPTrainingArguments
 from .data import EvaluationCollator, PairCollator, SkipBudget
-from .distributed import gather_pairs
+from .distributed import gather_columns, gather_numbers, num_processes, row_share
+from .guard import StepGuard
 from .metrics import encode_pairs, retrieval_metrics
+from .mini_batches import RandomState, embeddings, join, split_batch
 
 LOSS_PARTS = ("spatial_loss", "frequency_loss", "token_loss")
 # Parameters of two and more dimensions that are no weights of a linear map, or biases of one in disguise.
@@ -49,8 +54,8 @@ class MLIPTrainer(Trainer):
         max_seq_length: longest caption in tokens; the text tower's context if not given.
 
     Raises:
-        ValueError: if one contrastive batch is a single pair; while training, if the loss is not finite or too many
-            samples are broken.
+        ValueError: if one contrastive batch is a single pair; while training, if too many samples are broken, or the
+            loss or its gradient is not finite in too many steps in a row.
     """
 
     def __init__(
@@ -90,10 +95,38 @@ class MLIPTrainer(Trainer):
             size = len(train_dataset) if hasattr(train_dataset, "__len__") else None
             self.skip_budget = SkipBudget(args.skip_budget, size)
         self.num_truncated = 0
-        self._part_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
-        self._part_steps = 0
+        self.guard = StepGuard(args.max_nonfinite_steps)
+        self._reset_notes()
+        self._fit_parallel_wrappers()
+
+    def _fit_parallel_wrappers(self) -> None:
+        """What DDP and FSDP need to know of this model."""
+        vision = self.model.vision_model
+        if vision.frequency is not None and self.model.frequency_projection is None:
+            vision.frequency.query.requires_grad_(False)  # no loss reaches it, and DDP waits for every gradient
+        if self.is_fsdp_enabled:
+            # It cannot shard scalars. They stay whole in every process, and `training_step` averages their gradients.
+            temperatures = nn.Module()
+            for name, scale in self.model.logit_scales().items():
+                temperatures.register_parameter(name, scale)
+            self.accelerator.state.fsdp_plugin.ignored_modules = [temperatures]
 
     # Training
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward pass of one batch of this process, in one pass or in mini-batches."""
+        self._clamp_temperatures(model)
+        mini_batch_size = self.args.mini_batch_size
+        if mini_batch_size is None or mini_batch_size >= self.args.per_device_train_batch_size:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._mini_batch_step(model, inputs, mini_batch_size)
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            for scale in self.accelerator.unwrap_model(model).logit_scales().values():
+                dist.all_reduce(scale.grad.div_(num_processes()))
+        return loss
 
     def compute_loss(
         self,
@@ -102,52 +135,154 @@ class MLIPTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of the pairs of all processes as one batch."""
+        """This process's share of the loss of the pairs of all processes as one batch; the mean of the shares is it."""
         # Step (1): what was skipped on the way here
+        inputs, names = self._unpack(inputs)
+        # Step (2): embeddings
+        pairs = model(**inputs, return_pairs=True).pairs
+        # Step (3): the losses against the pairs of all processes
+        losses = self._losses(model, pairs, names)
+        return (losses["loss"], losses) if return_outputs else losses["loss"]
+
+    def _mini_batch_step(self, model: nn.Module, inputs: dict[str, Any], mini_batch_size: int) -> torch.Tensor:
+        """`training_step` in the memory of a mini-batch, with the gradients of the whole batch."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        inputs, names = self._unpack(self._prepare_inputs(inputs))
+        mini_batches = split_batch(inputs, mini_batch_size)
+        # Step (1): embeddings of all mini-batches, without a graph
+        random_states, parts = [], []
+        with torch.no_grad():
+            for mini_batch in mini_batches:
+                random_states.append(RandomState(mini_batch["pixel_values"]))
+                parts.append(model(**mini_batch, return_pairs=True).pairs)
+        pairs = join(parts)
+        del parts
+        # Step (2): the loss of the batch, and its gradient for every embedding and temperature
+        embedded = [tensor.requires_grad_() for tensor in embeddings(pairs)]
+        temperatures = list(self.accelerator.unwrap_model(model).logit_scales().values())
+        loss = self._losses(model, pairs, names)["loss"] / self.current_gradient_accumulation_steps
+        scaler = self.accelerator.scaler
+        gradients = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), embedded + temperatures)
+        sizes = [len(mini_batch["input_ids"]) for mini_batch in mini_batches]
+        gradient_parts = [gradient.split(sizes) for gradient in gradients[: len(embedded)]]
+        del pairs, embedded
+        # Step (3): the embeddings again, with a graph, and their gradients on to the weights
+        for i, (mini_batch, random_state) in enumerate(zip(mini_batches, random_states, strict=True)):
+            is_last = i == len(mini_batches) - 1
+            exchanges = is_last and self.accelerator.sync_gradients
+            with nullcontext() if exchanges else self.accelerator.no_sync(model):
+                with random_state.replayed():
+                    roots = embeddings(model(**mini_batch, return_pairs=True).pairs)
+                root_gradients = [parts[i] for parts in gradient_parts]
+                if (
+                    is_last
+                ):  # DDP waits for the gradients of all parameters in the one backward pass that exchanges them
+                    roots, root_gradients = roots + temperatures, root_gradients + list(gradients[-len(temperatures) :])
+                torch.autograd.backward(roots, root_gradients)
+        return loss.detach()
+
+    def _unpack(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """What the model takes of a batch, and the names of its samples; notes what was skipped."""
         inputs = dict(inputs)
         skipped, names = inputs.pop("skipped"), inputs.pop("names")
         self.num_truncated += inputs.pop("num_truncated")
         self.skip_budget.add(skipped, seen=len(names) + len(skipped))
-        # Step (2): embeddings here, and those of the other processes
-        pairs = gather_pairs(model(**inputs, return_pairs=True).pairs)
-        # Step (3): the losses
-        losses = self.accelerator.unwrap_model(model).compute_losses(pairs)
-        if not torch.isfinite(losses["loss"]):
-            parts = {name: value.item() for name, value in losses.items()}
-            raise ValueError(
-                f"The loss is not finite at step {self.state.global_step}: {parts}. The batch: {', '.join(names[:16])}"
-                f"{' ...' if len(names) > 16 else ''}. Look at these samples, lower --learning_rate, or train in "
-                "float32 or bfloat16. The last checkpoint is whole."
-            )
-        for name in LOSS_PARTS:
-            if name in losses:
-                self._part_sums[name] += losses[name].detach()
-        self._part_steps += 1
-        return (losses["loss"], losses) if return_outputs else losses["loss"]
+        self._num_pairs += len(names)
+        self._image_size = inputs["pixel_values"].shape[-2:]
+        return inputs, names
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def _losses(self, model: nn.Module, pairs: PairEmbeddings, names: list[str]) -> dict[str, torch.Tensor]:
+        """The loss and its parts, own rows against the columns of all processes, for their mean over processes."""
+        columns = gather_columns(pairs, self.args.token_loss_scope)
+        share = 1.0 if columns is None else row_share(len(pairs.text_embeds), len(columns.text_embeds))
+        losses = self.accelerator.unwrap_model(model).compute_losses(pairs, columns)
+        losses = {name: share * loss for name, loss in losses.items()}
+        self.guard.watch(losses["loss"], names, pairs)
+        self._note_losses(losses)
+        return losses
+
+    def _clamp_temperatures(self, model: nn.Module) -> None:
         # The optimizer may have moved a temperature beyond its clamp, where it has no gradient to come back by.
         with torch.no_grad():
             for logit_scale in self.accelerator.unwrap_model(model).logit_scales().values():
                 logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
+        """The norm, and here, before the optimizer's step, whether there is to be one."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if hasattr(grad_norm, "full_tensor"):  # of FSDP's shards
+            grad_norm = grad_norm.full_tensor()
+        refused = self.guard.refuses(grad_norm, self.state.global_step, self.state.max_steps)
+        if refused:
+            model.zero_grad()  # an optimizer passes over parameters without a gradient
+        if self.accelerator.scaler is None:  # which does the same for float16 by itself
+            self.optimizer._is_overflow = refused  # the schedule waits too
+        return grad_norm
+
+    # Optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters() if not any(part in name for part in NO_DECAY)]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's; under FSDP temperatures are a group of their own: one kernel takes shards or tensors, not both."""
+        optimizer = super().create_optimizer(model)
+        if self.is_fsdp_enabled:
+            temperatures = set(self.accelerator.unwrap_model(model or self.model).logit_scales().values())
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if parameter in temperatures]
+                if own:
+                    group["params"] = [parameter for parameter in group["params"] if parameter not in temperatures]
+                    optimizer.add_param_group({**group, "params": own})
+        return optimizer
+
+    # Logs
+
+    def _reset_notes(self) -> None:
+        self._part_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._num_pairs = 0
+        self._since = time.perf_counter()
+
+    def _note_losses(self, losses: dict[str, torch.Tensor]) -> None:
+        finite = losses["loss"].detach().isfinite()
+        for name in LOSS_PARTS:
+            if name in losses:
+                self._part_sums[name] += losses[name].detach().where(finite, 0.0)
+        self._part_sums["steps"] += finite
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each loss part, each temperature and what was skipped to the logs of training."""
-        if "loss" in logs and self._part_steps:
-            logs.update({name: (total / self._part_steps).item() for name, total in self._part_sums.items()})
-            self._part_sums.clear()
-            self._part_steps = 0
-            scales = self.accelerator.unwrap_model(self.model).logit_scales()
-            logs.update({name: scale.item() for name, scale in scales.items()})
-            logs["skipped_samples"] = float(len(self.skip_budget.skipped))
-            logs["truncated_captions"] = float(self.num_truncated)
+        """Adds loss parts, temperatures, speed, numbers of tokens and what was skipped to the logs of training."""
+        if "loss" in logs and self._num_pairs:
+            logs.update(self._notes())
+            self._reset_notes()
         super().log(logs, start_time)
+
+    def _notes(self) -> dict[str, float]:
+        """Since the last logs and over all processes."""
+        model = self.accelerator.unwrap_model(self.model)
+        # Step (1): parts of the loss, over the steps where it was finite
+        steps = self.accelerator.reduce(self._part_sums.pop("steps"), "mean")
+        notes = {name: self.accelerator.reduce(total, "mean") / steps for name, total in self._part_sums.items()}
+        logs = {name: value.item() for name, value in notes.items()} if steps else {}
+        # Step (2): temperatures
+        logs |= {name: scale.item() for name, scale in model.logit_scales().items()}
+        # Step (3): pairs
+        counts = [self._num_pairs, len(self.skip_budget.skipped), self.num_truncated]
+        by_process = gather_numbers(*counts, device=self.args.device)
+        num_pairs, skipped, truncated = (float(sum(numbers)) for numbers in zip(*by_process, strict=True))
+        logs["images_per_second"] = num_pairs / (time.perf_counter() - self._since)
+        logs |= {"skipped_samples": skipped, "truncated_captions": truncated}
+        logs["skipped_steps"] = float(self.guard.skipped_steps)
+        # Step (4): patch tokens after each layer of the vision tower
+        height, width = self._image_size
+        patch = model.config.vision_config.patch_size
+        tokens = (height // patch) * (width // patch)
+        for layer, removed in enumerate(model.vision_model.encoder.tokens_removed(tokens)):
+            tokens -= removed
+            logs[f"vision_tokens_layer_{layer}"] = float(tokens)
+        return logs
 
     # Evaluation
 
