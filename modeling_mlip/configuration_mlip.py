@@ -169,6 +169,8 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
         initializer_factor: scales the standard deviation of all initial weights.
         frequency_loss_weight: weight of InfoNCE between the frequency embedding and the caption; 0 leaves it out.
         token_loss_weight: weight of the token-level loss; 0 leaves it out.
+        token_loss_group_size: pairs that the token-level loss compares with each other, groups of consecutive ones in
+            the batch; `None` compares all, which from some hundreds of pairs on costs more than both towers.
         token_loss_frequency: whether the tokens of the token-level loss contain the frequency features; they did no
             good where it was tried, being shallow and a shortcut.
 
@@ -193,6 +195,7 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
     initializer_factor: float = 1.0
     frequency_loss_weight: float | int = 0.2
     token_loss_weight: float | int = 0.5
+    token_loss_group_size: int | None = 32
     token_loss_frequency: bool = False
 
     def __post_init__(self, **kwargs):
@@ -222,6 +225,11 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
         for name in ("frequency_loss_weight", "token_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 (loss left out) or a positive weight.")
+        if self.token_loss_group_size is not None and self.token_loss_group_size < 2:
+            raise ValueError(
+                f"token_loss_group_size={self.token_loss_group_size}: choose 2 or more pairs to compare, or None for "
+                "all of the batch."
+            )
 
 
 def _vision_shortcut(key: str) -> property:

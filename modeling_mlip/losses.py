@@ -190,6 +190,33 @@ def token_loss(
     return (info_nce(scale * by_image, targets) + info_nce(scale * by_text.t(), targets)) / 2
 
 
+def grouped_token_loss(
+    tokens: "TokenEmbeddings", keys: list[torch.Tensor], logit_scale: torch.Tensor, group_size: int | None
+) -> torch.Tensor:
+    """`token_loss` within groups of consecutive pairs, all about as large: the mean over the pairs.
+
+    Comparing all R pairs costs `R^2 M L P` multiplications, from some hundreds of pairs on more than both towers.
+
+    Args:
+        tokens: of R pairs.
+        keys: one `(R,)` for each kind of key, see `positive_targets`.
+        logit_scale: log of the inverse temperature.
+        group_size: pairs in the largest group; `None`: one group.
+
+    Returns:
+        A scalar.
+    """
+    num_rows = len(tokens.text_mask)
+    num_groups = 1 if group_size is None else math.ceil(num_rows / group_size)
+    groups = zip(*(tensor.tensor_split(num_groups) for tensor in (*tokens, *keys)), strict=True)
+    loss: torch.Tensor | float = 0.0
+    for image_tokens, image_weights, text_tokens, text_mask, *group_keys in groups:
+        targets = positive_targets(group_keys, group_keys)
+        scores = token_scores(image_tokens, image_weights, text_tokens, text_mask)
+        loss = loss + token_loss(*scores, logit_scale, targets) * (len(text_mask) / num_rows)
+    return loss
+
+
 class TokenEmbeddings(NamedTuple):
     """What the token-level loss needs, see `token_scores`."""
 
@@ -241,6 +268,7 @@ def multi_level_loss(
     token_logit_scale: torch.Tensor | None = None,
     frequency_loss_weight: float = 0.0,
     token_loss_weight: float = 0.0,
+    token_loss_group_size: int | None = None,
     columns: PairColumns | None = None,
 ) -> dict[str, torch.Tensor]:
     """The three losses of MLIP on one batch and their weighted sum; a level whose inputs are None is left out.
@@ -252,6 +280,7 @@ def multi_level_loss(
         token_logit_scale: likewise.
         frequency_loss_weight: what the frequency loss counts for beside the spatial one.
         token_loss_weight: what the token loss counts for.
+        token_loss_group_size: see `grouped_token_loss`; where tokens of other processes are there, all are compared.
         columns: the pairs of all processes; `None`: the rows are all there is.
 
     Returns:
@@ -282,12 +311,11 @@ def multi_level_loss(
     if pairs.tokens is not None and token_logit_scale is not None:
         tokens = pairs.tokens
         if columns is None or columns.tokens is None:
-            scores = token_scores(*tokens)
-            targets = positive_targets(own_keys, own_keys)
+            parts["token_loss"] = grouped_token_loss(tokens, own_keys, token_logit_scale, token_loss_group_size)
         else:  # each pair of image and caption is compared once, where the image is
             text = (columns.tokens.text_tokens, columns.tokens.text_mask)
             by_image, by_text = token_scores(tokens.image_tokens, tokens.image_weights, *text)
             scores = by_image, columns.tokens.swap_scores(by_text)
-        parts["token_loss"] = token_loss(*scores, token_logit_scale, targets)
+            parts["token_loss"] = token_loss(*scores, token_logit_scale, targets)
         loss = loss + token_loss_weight * parts["token_loss"]
     return {**parts, "loss": loss}

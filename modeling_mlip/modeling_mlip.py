@@ -861,6 +861,7 @@ class MLIPModel(MLIPPreTrainedModel):
             **self.logit_scales(),
             frequency_loss_weight=self.config.frequency_loss_weight,
             token_loss_weight=self.config.token_loss_weight,
+            token_loss_group_size=self.config.token_loss_group_size,
             columns=columns,
         )
 

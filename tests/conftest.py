@@ -38,7 +38,7 @@ def small_config(vision: dict | None = None, text: dict | None = None, **model_k
         vision_config={**VISION, **(vision or {})},
         text_config={**TEXT, **(text or {})},
         projection_dim=24,
-        **{"token_loss_frequency": True, **model_keys},  # every part of the model
+        **{"token_loss_frequency": True, "token_loss_group_size": None, **model_keys},  # every part, all pairs
     )
 
 

@@ -11,6 +11,7 @@ from modeling_mlip.losses import (
     PairEmbeddings,
     TokenEmbeddings,
     caption_keys,
+    grouped_token_loss,
     info_nce,
     instance_loss,
     multi_level_loss,
@@ -179,3 +180,27 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     torch.testing.assert_close(parts["token_loss"], (rows + columns) / 2)
     spatial_only = multi_level_loss(pairs._replace(frequency_embeds=None, tokens=None), scales[0])
     assert set(spatial_only) == {"spatial_loss", "loss"}
+
+
+def test_a_grouped_token_loss_is_the_mean_of_the_losses_of_its_groups():
+    torch.manual_seed(0)
+    normalize = torch.nn.functional.normalize
+    image_tokens = normalize(torch.randn(11, 4, 6, dtype=torch.float64), dim=-1).requires_grad_()
+    text_tokens = normalize(torch.randn(11, 5, 6, dtype=torch.float64), dim=-1)
+    mask = torch.arange(5) < torch.randint(1, 6, (11, 1))
+    weights, keys = torch.full((11, 4), 0.25, dtype=torch.float64), [torch.tensor([0, 1, 0, 3, 4, 5, 5, 7, 8, 9, 10])]
+    tokens = TokenEmbeddings(image_tokens, weights, text_tokens, mask)
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    expected = 0
+    for start, end in ((0, 4), (4, 8), (8, 11)):  # 11 pairs in groups of at most 4
+        part = slice(start, end)
+        targets = positive_targets([keys[0][part]], [keys[0][part]])
+        scores = token_scores(image_tokens[part], weights[part], text_tokens[part], mask[part])
+        expected = expected + token_loss(*scores, scale, targets) * (end - start) / 11
+    found = grouped_token_loss(tokens, keys, scale, 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, image_tokens, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    whole = token_loss(*token_scores(*tokens), scale, positive_targets(keys, keys))
+    torch.testing.assert_close(grouped_token_loss(tokens, keys, scale, None), whole, rtol=0, atol=1e-12)
+    assert abs(float(found - whole)) > 1e-3

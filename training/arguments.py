@@ -103,7 +103,8 @@ class MLIPTrainingArguments(TrainingArguments):
     token_loss_scope: str = field(
         default="global",
         metadata={
-            "help": "The negatives of the token loss: 'global', the pairs of all devices, or 'local', its own."
+            "help": "The negatives of the token loss where token_loss_group_size is null: 'global', the pairs of all "
+            "devices, or 'local', its own."
         },
     )
     max_nonfinite_steps: int = field(

@@ -195,7 +195,9 @@ class MLIPTrainer(Trainer):
 
     def _losses(self, model: nn.Module, pairs: PairEmbeddings, names: list[str]) -> dict[str, torch.Tensor]:
         """The loss and its parts, own rows against the columns of all processes, for their mean over processes."""
-        columns = gather_columns(pairs, self.args.token_loss_scope)
+        # Groups of the token level lie within a process, so no tokens need to travel.
+        grouped = self.accelerator.unwrap_model(model).config.token_loss_group_size is not None
+        columns = gather_columns(pairs, "local" if grouped else self.args.token_loss_scope)
         share = 1.0 if columns is None else row_share(len(pairs.text_embeds), len(columns.text_embeds))
         losses = self.accelerator.unwrap_model(model).compute_losses(pairs, columns)
         losses = {name: share * loss for name, loss in losses.items()}
