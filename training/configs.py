@@ -15,10 +15,14 @@ from .command import error_line
 CONFIG_CLASSES = {kind.model_type: kind for kind in (MLIPConfig, MLIPTextConfig, MLIPVisionConfig)}
 START_CLASSES = {kind.model_type: kind for kind in (MLIPConfig, CLIPConfig)}
 
-# name -> (vision keys, text keys, projection_dim), the sizes of OpenCLIP's models of that name; tiny is for a CPU.
+# name -> (vision keys, text keys, projection_dim), the sizes of OpenCLIP's models of that name. `tiny` is for training
+# on a CPU: it merges in its first layer, where that saves most, and its frequency stage is small.
 NAMED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "tiny": (
-        dict(image_size=64, patch_size=8, hidden_size=192, num_hidden_layers=6, num_attention_heads=3),
+        dict(
+            **dict(image_size=64, patch_size=8, hidden_size=192, num_hidden_layers=6, num_attention_heads=3),
+            **dict(merge_layers=[0], frequency_layers=1, frequency_hidden_size=48),
+        ),
         dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=32),
         192,
     ),

@@ -1,0 +1,294 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""The study: CLIP, CLIP with ToMe, ELIP, MLIP and MLIP without each of its parts, at equal steps and at equal compute.
+
+    python benchmarks/study/run.py --data noto-emoji --train_file train.parquet --validation_file test.parquet
+    python benchmarks/study/run.py --data shapes
+    python benchmarks/study/figures.py
+
+Every arm is the same program (`MLIPTrainer`, `tiny`), data, schedule and initialisation; what differs is the part of
+the configuration that `ARMS` names. Compute is CPU time of training steps on one core: `calibrate` measures all arms in
+turn, and an arm at equal compute trains for as many steps as CLIP's time buys. Decoding is left out: images are decoded
+once and augmented in batches. What is done is not done again, so an interrupted study goes on.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import CLIPImageProcessor, CLIPProcessor, set_seed
+
+from modeling_mlip import MLIPConfig, MLIPModel
+from modeling_mlip.training import MLIPTrainer, MLIPTrainingArguments
+from modeling_mlip.training.arguments import DataArguments
+from modeling_mlip.training.configs import named_config, override_config
+from modeling_mlip.training.data import load_pairs, read_image
+from modeling_mlip.training.metrics import class_embeddings, evaluating, retrieval_metrics, zero_shot_metrics
+from modeling_mlip.training.shapes import ATTRIBUTES, PROMPTS
+from modeling_mlip.training.tokenizer import train_tokenizer
+
+RESULTS = Path(__file__).parent / "results"
+CLIP = {"frequency_layers": 0, "frequency_loss_weight": 0, "token_loss_weight": 0}
+ARMS: dict[str, dict[str, Any]] = {
+    "CLIP": CLIP,
+    "CLIP + ToMe": {**CLIP, "merge_ratio": 0.5, "merge_method": "tome"},
+    "ELIP": {**CLIP, "merge_ratio": 0.5, "merge_method": "elip"},
+    "MLIP": {"merge_ratio": 0.5},
+    "MLIP, no frequency": {"merge_ratio": 0.5, "frequency_layers": 0, "frequency_loss_weight": 0},
+    "MLIP, no token loss": {"merge_ratio": 0.5, "token_loss_weight": 0},
+    "MLIP, no guide": {"merge_ratio": 0.5, "merge_importance_weight": 0},
+    "MLIP, no merging": {},
+    "MLIP at 0.3": {"merge_ratio": 0.3},
+    "MLIP at 0.7": {"merge_ratio": 0.7},
+}
+INFERENCE_RATIOS = (0.0, 0.3, 0.5, 0.7)
+# Pairs per step, peak learning rate, CLIP's steps, and what augmentation does: shift in image sides, scale, colour.
+DATA: dict[str, dict[str, Any]] = {
+    "noto-emoji": {"batch": 128, "learning_rate": 5e-4, "steps": 360, "shift": 0.125, "scale": 0.15, "colour": 0.2},
+    "shapes": {"batch": 64, "learning_rate": 1e-3, "steps": 750, "shift": 0.0, "scale": 0.0, "colour": 0.0},
+}
+EVALUATION_COPIES = 4  # of the held-out images: as they are, and shifted and scaled, to narrow the noise
+MEAN, STD = 0.5, 0.27
+
+
+class CachedPairs(Dataset):
+    """Images decoded once, uint8 `(N, 3, S, S)`; a batch is augmented as a whole."""
+
+    def __init__(self, images: torch.Tensor, captions: list[str], shift: float, scale: float, colour: float):
+        self.images, self.captions = images, captions
+        self.shift, self.scale, self.colour = shift, scale, colour
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        pixels = augment(self.images[indices].float() / 255, self.shift, self.scale, self.colour)
+        return [
+            {"pixel_values": image, "captions": [self.captions[i]], "image_id": str(i), "where": f"row {i}"}
+            for image, i in zip((pixels - MEAN) / STD, indices, strict=True)
+        ]
+
+
+def augment(
+    images: torch.Tensor, shift: float, scale: float, colour: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Moves, scales and recolours each image `(B, 3, S, S)` of values 0 to 1 by its own random amount; white beyond."""
+    B = len(images)
+    zoom, x, y, brightness, contrast = 2 * torch.rand(5, B, generator=generator) - 1
+    if shift or scale:
+        theta = torch.zeros(B, 2, 3)
+        theta[:, 0, 0] = theta[:, 1, 1] = 1 + scale * zoom
+        theta[:, :, 2] = 2 * shift * torch.stack([x, y], dim=1)
+        grid = torch.nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
+        images = 1 - torch.nn.functional.grid_sample(1 - images, grid, align_corners=False)
+    if colour:
+        brightness, contrast = (1 + colour * amount[:, None, None, None] for amount in (brightness, contrast))
+        images = ((images * brightness - 0.5) * contrast + 0.5).clamp(0, 1)
+    return images
+
+
+def load(flags: argparse.Namespace) -> dict[str, Any]:
+    """Both splits as uint8 images `(N, 3, S, S)` and captions, with the labels of the drawn shapes."""
+    files = {"train_file": flags.train_file, "validation_file": flags.validation_file}
+    splits = load_pairs(DataArguments(dataset_name="shapes") if flags.data == "shapes" else DataArguments(**files))
+    found: dict[str, Any] = {}
+    for split, rows in splits.items():
+        images = [image if hasattr(image, "mode") else read_image(image["bytes"], None) for image in rows["image"]]
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        captions = [text if isinstance(text, str) else text[0] for text in rows["caption"]]
+        found[split] = (torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), captions)
+    if flags.data == "shapes":
+        found["labels"] = {name: torch.tensor(splits["validation"][name][:]) for name in PROMPTS}
+    return found
+
+
+def build_model(arm: str, tokenizer: Any) -> MLIPModel:
+    config = override_config(named_config("tiny"), ARMS[arm])
+    text = config.text_config.to_dict() | {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    config = MLIPConfig(**{**config.to_dict(), "text_config": {**text, "vocab_size": len(tokenizer)}})
+    return MLIPModel._from_config(config, attn_implementation="eager")
+
+
+def calibrate(flags: argparse.Namespace) -> dict[str, float]:
+    """CPU seconds of a training step of each arm: the median of rounds in which all arms take turns."""
+    torch.set_num_threads(1)
+    set_seed(0)
+    settings, (images, captions) = DATA[flags.data], load(flags)["train"]
+    tokenizer = train_tokenizer(captions, max_seq_length=32)
+    batch = settings["batch"]
+    text = tokenizer(captions[:batch], padding=True, truncation=True, max_length=32, return_tensors="pt")
+    pixels = (images[:batch].float() / 255 - MEAN) / STD
+    models = {arm: build_model(arm, tokenizer).train() for arm in ARMS}
+    optimizers = {arm: torch.optim.AdamW(model.parameters(), lr=1e-5) for arm, model in models.items()}
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for _ in tqdm(range(flags.calibration_rounds + 1), desc="calibration"):
+        for arm, model in models.items():
+            start = time.process_time()
+            with torch.autocast("cpu", torch.bfloat16, enabled=flags.bf16):
+                loss = model(**text, pixel_values=pixels, return_loss=True).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers[arm].step()
+            optimizers[arm].zero_grad()
+            seconds[arm].append(time.process_time() - start)
+    return {arm: statistics.median(values[1:]) for arm, values in seconds.items()}
+
+
+def train_one(flags: argparse.Namespace, arm: str, seed: int, steps: int) -> dict[str, Any]:
+    """Trains an arm and evaluates it along the way and at the end; all that the results keep of a run."""
+    torch.set_num_threads(1)
+    set_seed(seed)
+    settings, data = DATA[flags.data], load(flags)
+    images, captions = data["train"]
+    tokenizer = train_tokenizer(captions, max_seq_length=32)
+    size = {"height": 64, "width": 64}
+    image_processor = CLIPImageProcessor(size=size, crop_size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3)
+    model = build_model(arm, tokenizer)
+    dataset = CachedPairs(images, captions, settings["shift"], settings["scale"], settings["colour"])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = MLIPTrainer(
+            model,
+            MLIPTrainingArguments(
+                folder,
+                max_steps=steps,
+                per_device_train_batch_size=settings["batch"],
+                learning_rate=settings["learning_rate"],
+                seed=seed,
+                bf16=flags.bf16,
+                use_cpu=True,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                logging_steps=steps,
+            ),
+            train_dataset=dataset,
+            processor=CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer),
+        )
+        start = time.process_time()
+        trainer.train()
+    trained = time.process_time() - start
+    ratios = sorted({*INFERENCE_RATIOS, model.config.merge_ratio}) if arm.startswith("MLIP") else [None]
+    at = {}
+    for ratio in ratios:
+        if ratio is not None:
+            model.set_merge_ratio(ratio)
+        at["trained" if ratio is None else f"{ratio:g}"] = evaluate(flags, model, tokenizer, data)
+    own = at[f"{ARMS[arm].get('merge_ratio', 0):g}"] if arm.startswith("MLIP") else at["trained"]
+    return {"arm": arm, "seed": seed, "steps": steps, "cpu_seconds": round(trained, 1), **own, "at_ratio": at}
+
+
+def evaluate(flags: argparse.Namespace, model: MLIPModel, tokenizer: Any, data: dict[str, Any]) -> dict[str, float]:
+    """Recall@1 both ways, the mean over copies of the held-out images, and zero-shot accuracies for the shapes."""
+    settings, (images, captions) = DATA[flags.data], data["validation"]
+    generator = torch.Generator().manual_seed(0)
+    copies = [images.float() / 255]
+    if settings["shift"]:
+        amounts = (settings["shift"] / 2, settings["scale"] / 2, settings["colour"] / 2)
+        copies += [augment(copies[0], *amounts, generator) for _ in range(EVALUATION_COPIES - 1)]
+    text = tokenizer(captions, padding=True, truncation=True, max_length=32, return_tensors="pt")
+    caption_ids = torch.unique(torch.tensor([captions.index(text) for text in captions]), return_inverse=True)[1]
+    normalize = torch.nn.functional.normalize
+    rows, embeds = [], []
+    with evaluating(model), torch.autocast("cpu", torch.bfloat16, enabled=flags.bf16):
+        text_embeds = normalize(model.get_text_features(**text).pooler_output.float(), dim=-1)
+        for copy in copies:
+            parts = [model.get_image_features((part - MEAN) / STD).pooler_output for part in copy.split(100)]
+            embeds.append(normalize(torch.cat(parts).float(), dim=-1))
+            rows.append(retrieval_metrics(embeds[-1], text_embeds, torch.arange(len(captions)), caption_ids))
+    names = ("text_to_image_recall@1", "image_to_text_recall@1")
+    found = {name: statistics.mean(row[name] for row in rows) for name in names}
+    found["recall@1"] = statistics.mean(found.values())
+    for name, labels in data.get("labels", {}).items():
+        classes = class_embeddings(model, tokenizer, ATTRIBUTES[name], [PROMPTS[name]], "cpu", 32)
+        found[f"{name}_accuracy"] = zero_shot_metrics(embeds[0], labels, classes)["accuracy@1"]
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def machine() -> str:
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?: ?")
+    return f"{cpu.partition(': ')[2]} ({platform.machine()}), one core for each run; torch {torch.__version__}"
+
+
+def steps_of(record: dict[str, Any], arm: str, equal: str) -> int:
+    """Steps of an arm: CLIP's ("steps"), what CLIP's time buys ("compute"), or what 60 % of it buys ("short")."""
+    seconds, steps = record["step_seconds"], record["data"]["steps"]
+    bought = steps * seconds["CLIP"] / seconds[arm]
+    return {"steps": steps, "compute": round(bought), "short": round(0.6 * bought)}[equal]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATA, required=True)
+    parser.add_argument("--train_file", help="Pairs to train on, for noto-emoji.")
+    parser.add_argument("--validation_file", help="Pairs to evaluate on, for noto-emoji.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="Only these.")
+    parser.add_argument(
+        "--equal",
+        nargs="+",
+        choices=["compute", "steps", "short"],
+        default=["compute", "steps"],
+        help="Train for the steps that CLIP's time buys, for CLIP's steps, or for those that 60 % of its time buys.",
+    )
+    parser.add_argument("--parallel", type=int, default=max(os.cpu_count() or 1, 1), help="Runs at a time.")
+    parser.add_argument("--calibration_rounds", type=int, default=10)
+    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="Train in float32.")
+    parser.add_argument("--run", nargs=3, metavar=("ARM", "SEED", "STEPS"), help="One run, printed as JSON.")
+    flags = parser.parse_args()
+    if flags.data == "noto-emoji" and not (flags.train_file and flags.validation_file):
+        parser.error("--data noto-emoji needs --train_file and --validation_file.")
+    if flags.run:
+        print(json.dumps(train_one(flags, flags.run[0], int(flags.run[1]), int(flags.run[2]))))
+        return
+
+    path = RESULTS / f"{flags.data}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"arms": ARMS, "data": DATA[flags.data], "runs": []}
+    if record["arms"] != ARMS or record["data"] != DATA[flags.data]:
+        raise SystemExit(f"{path} was measured with other settings; move it away to measure again.")
+    if "step_seconds" not in record:
+        record |= {"machine": machine(), "bf16": flags.bf16, "step_seconds": calibrate(flags)}
+        write(path, record)
+    done = {(run["arm"], run["seed"], run["steps"]) for run in record["runs"]}
+    runs = [
+        (arm, seed, steps_of(record, arm, equal)) for equal in flags.equal for seed in flags.seeds for arm in flags.arms
+    ]
+    waiting = [run for run in dict.fromkeys(runs) if run not in done]
+    program = [arg for arg in sys.argv[1:] if arg != "--no_bf16"] + ([] if flags.bf16 else ["--no_bf16"])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+    def start(run: tuple[str, int, int]) -> dict[str, Any]:
+        command = [sys.executable, __file__, *program, "--run", *map(str, run)]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if finished.returncode:
+            raise RuntimeError(f"{run} failed:\n{finished.stderr[-3000:]}")
+        return json.loads(finished.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(flags.parallel) as pool:
+        for found in tqdm(pool.map(start, waiting), total=len(waiting), desc="runs"):
+            record["runs"].append(found)
+            write(path, record)
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    aside.replace(path)
+
+
+if __name__ == "__main__":
+    main()
