@@ -258,6 +258,7 @@ def describe_run(args: MLIPTrainingArguments, trainer: MLIPTrainer, metrics: dic
         "seed": args.seed,
         "minutes": round(metrics["train_runtime"] / 60, 1),
         "skipped samples": len(trainer.skip_budget.skipped),
+        "skipped steps": trainer.guard.skipped_steps,
         "truncated captions": trainer.num_truncated,
     }
 

