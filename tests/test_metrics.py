@@ -5,14 +5,20 @@ import socket
 
 import pytest
 import torch
-from transformers import BatchEncoding, CLIPConfig, CLIPModel
+from conftest import open_gate, pairs_batch, small_model
+from sklearn.metrics import balanced_accuracy_score
+from transformers import CLIPConfig, CLIPModel
 
+from modeling_mlip.losses import token_scores
 from modeling_mlip.training import metrics
 from modeling_mlip.training.metrics import (
     RetrievalRecall,
+    ZeroShotAccuracy,
     class_embeddings,
     encode_pairs,
+    encode_variants,
     retrieval_metrics,
+    token_rescore,
     zero_shot_metrics,
 )
 
@@ -84,6 +90,7 @@ def test_a_model_that_says_nothing_scores_nothing(value):
     assert zero_shot_metrics(torch.full((30, 7), value), torch.arange(30) % 6, torch.full((6, 7), value)) == {
         "accuracy@1": 0,
         "accuracy@5": 0,
+        "mean_per_class_accuracy": 0,
     }
 
 
@@ -110,8 +117,12 @@ def test_zero_shot_accuracy_equals_topk():
     image_embeds = class_embeds[labels] + 2 * torch.randn(200, 16)
     order = torch.nn.functional.cosine_similarity(image_embeds[:, None], class_embeds[None], dim=-1).argsort(1, True)
     theirs = {f"accuracy@{k}": 100 * (order[:, :k] == labels[:, None]).any(1).double().mean().item() for k in (1, 5)}
+    theirs["mean_per_class_accuracy"] = 100 * balanced_accuracy_score(labels, order[:, 0])
     assert zero_shot_metrics(image_embeds, labels, class_embeds) == pytest.approx(theirs)
-    assert list(zero_shot_metrics(image_embeds, labels % 5, class_embeds[:5])) == ["accuracy@1"]
+    assert list(zero_shot_metrics(image_embeds, labels % 5, class_embeds[:5])) == [
+        "accuracy@1",
+        "mean_per_class_accuracy",
+    ]
 
 
 def test_bad_indices_are_named():
@@ -223,24 +234,121 @@ def test_nothing_to_evaluate_is_said(model):
 
 
 class LetterTokenizer:
-    """Stands in for a tokenizer: one id per letter, between BOS and EOS, padded with EOS."""
+    """Stands in for a tokenizer: one id per letter, between BOS and EOS."""
 
-    def __call__(self, prompts, padding, truncation, max_length, return_tensors):
-        rows = [[1, *(2 + ord(letter) % 50 for letter in prompt)][: max_length - 1] + [EOS] for prompt in prompts]
-        mask = [[1] * len(row) + [0] * (max_length - len(row)) for row in rows]
-        ids = [row + [EOS] * (max_length - len(row)) for row in rows]
-        return BatchEncoding({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
+    pad_token_id = EOS
+
+    def __call__(self, prompts, verbose):
+        return {"input_ids": [[1, *(2 + ord(letter) % 50 for letter in prompt), EOS] for prompt in prompts]}
 
 
-def test_class_embedding_is_the_mean_of_normalised_prompts(model):
-    names, templates = ["cat", "dog", "owl"], ["a {}", "the big {}."]
+@pytest.mark.parametrize("at_once", [1, 4, 256])
+def test_class_embedding_is_the_mean_of_normalised_prompts_whatever_the_batch(model, at_once, monkeypatch):
+    monkeypatch.setattr(metrics, "PROMPTS_AT_ONCE", at_once)
+    names, templates = ["cat", "dog", "owl"], ["a {}", "the big {} {x}."]
     found = class_embeddings(model, LetterTokenizer(), names, templates, "cpu", 16)
     model.eval()
     for name, embed in zip(names, found, strict=True):
-        tokens = LetterTokenizer()([t.format(name) for t in templates], "max_length", True, 16, "pt")
-        with torch.no_grad():
-            prompts = model.get_text_features(**tokens).pooler_output
+        prompts = []
+        for prompt in (f"a {name}", f"the big {name} {{x}}."):
+            [ids] = LetterTokenizer()([prompt], False)["input_ids"]
+            ids = torch.tensor([ids if len(ids) <= 16 else [*ids[:15], EOS]])
+            with torch.no_grad():
+                prompts.append(model.get_text_features(ids).pooler_output[0])
         mean = sum(prompt / prompt.norm() for prompt in prompts) / 2
-        torch.testing.assert_close(embed, mean / mean.norm())
+        torch.testing.assert_close(embed, mean / mean.norm(), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="'a photo' has no {}"):
         class_embeddings(model, LetterTokenizer(), names, ["a photo"], "cpu", 16)
+
+
+def test_several_settings_in_one_pass_equal_a_pass_each():
+    model = small_model()
+    batches = [collate(torch.randn(3, 3, 32, 32), [[[1, 2, 63]], [[1, 3, 63]], [[1, 4, 63]]]) for _ in range(2)]
+    settings = [lambda: model.set_merge_ratio(0), lambda: model.set_merge_ratio(0.5)]
+    together = encode_variants(model, batches, "cpu", "encode", settings)
+    for apply, found in zip(settings, together, strict=True):
+        apply()
+        alone = encode_pairs(model, batches, "cpu", "encode")
+        torch.testing.assert_close(found.image_embeds, alone.image_embeds)
+        torch.testing.assert_close(found.text_embeds, alone.text_embeds)
+    assert not torch.allclose(together[0].image_embeds, together[1].image_embeds)
+
+
+# Re-ranking
+
+
+def reranked(image_embeds, text_embeds, caption_image, fine, top):
+    """One query at a time: the first `top` by the cosine, wrong ones first among equals, then these by `fine`."""
+    images, texts = (torch.nn.functional.normalize(e.double(), dim=1) for e in (image_embeds, text_embeds))
+    found = {}
+    for way, scores, new, right in (
+        ("image_to_text", images @ texts.T, fine, lambda i, t: int(caption_image[t]) == i),
+        ("text_to_image", texts @ images.T, fine.T, lambda t, i: int(caption_image[t]) == i),
+    ):
+        for k in (1, 5, 10):
+            hits = []
+            for q in range(len(scores)):
+                order = sorted(range(scores.shape[1]), key=lambda c: (-round(float(scores[q, c]), 6), right(q, c)))
+                first = sorted(order[:top], key=lambda c: (-round(float(new[q, c]), 6), right(q, c)))
+                hits.append(any(right(q, c) for c in [*first, *order[top:]][:k]))
+            found[f"{way}_recall@{k}"] = 100 * sum(hits) / len(hits)
+    return {**found, "mean_recall": sum(found.values()) / 6}
+
+
+@pytest.mark.parametrize("top", [1, 3, 7, 1000])
+@pytest.mark.parametrize("max_scores", [1, 2**24])
+def test_reranking_equals_the_naive_one(top, max_scores, monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_SCORES", max_scores)
+    image_embeds, text_embeds, caption_image, _ = noisy_pairs(num_images=25, num_captions=60)
+    caption_image = torch.cat([torch.arange(25), caption_image[25:]])  # each image asks
+    generator = torch.Generator().manual_seed(3)
+    fine = torch.nn.functional.one_hot(caption_image, 25).T.double() + torch.randn(25, 60, generator=generator)
+    rescore = (
+        lambda rows, candidates: fine[rows].gather(1, candidates),
+        lambda rows, candidates: fine.T[rows].gather(1, candidates),
+    )
+    ours = retrieval_metrics(image_embeds, text_embeds, caption_image, None, top, rescore)
+    assert ours == pytest.approx(reranked(image_embeds, text_embeds, caption_image, fine, top))
+    plain = retrieval_metrics(image_embeds, text_embeds, caption_image)
+    assert (ours == plain) == (top == 1)
+
+
+def test_reranking_never_helps_a_model_that_says_nothing():
+    embeds = torch.ones(30, 7)
+    same = (lambda rows, candidates: torch.zeros(candidates.shape),) * 2
+    assert set(retrieval_metrics(embeds, embeds, torch.arange(30), None, 5, same).values()) == {0}
+
+
+def test_token_scores_of_reranking_are_those_of_the_loss():
+    model = open_gate(small_model(vision={"merge_ratio": 0.5}))
+    with torch.no_grad():
+        model.token_logit_scale.fill_(1.5)
+    pairs = pairs_batch(6)
+    batch = {**pairs, "caption_image": torch.arange(6), "kept": torch.arange(6), "skipped": [], "num_truncated": 0}
+    encoded = encode_pairs(model, [batch], "cpu", "encode", with_tokens=True)
+    with torch.no_grad():
+        outputs = model(**pairs, return_pairs=True)
+        by_image, by_text = token_scores(*outputs.pairs.tokens)
+    of_images, of_captions = token_rescore(model, encoded, weight=0.7)
+    rows, candidates = torch.arange(6), torch.arange(6).expand(6, 6).flip(1)
+    weight = 0.7 * torch.tensor(1.5).exp()
+    expected = outputs.logits_per_image + weight * by_image
+    torch.testing.assert_close(of_images(rows, candidates), expected.flip(1), atol=2e-2, rtol=0)  # kept in float16
+    expected = outputs.logits_per_text + weight * by_text.T
+    torch.testing.assert_close(of_captions(rows, candidates), expected.flip(1), atol=2e-2, rtol=0)
+
+
+def test_zero_shot_module_equals_the_function_without_network(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    torch.manual_seed(0)
+    labels, class_embeds = torch.randint(9, (50,)), torch.randn(9, 6)
+    image_embeds = class_embeds[labels] + torch.randn(50, 6)
+    accuracy = ZeroShotAccuracy(keep_in_memory=True)
+    for part in (slice(0, 33), slice(33, 50)):
+        accuracy.add_batch(image_embeds=image_embeds[part], labels=labels[part])
+    found = accuracy.compute(class_embeds=class_embeds)
+    assert found == zero_shot_metrics(image_embeds, labels, class_embeds)
+    assert 20 < found["accuracy@1"] < 100

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoProcessor, pipeline
 
 from .arguments import DataArguments, MLIPTrainingArguments, ModelArguments
 from .data import load_pairs
+from .encoders import make_encoder
 from .evaluate import EvaluationArguments, evaluate_model
 from .report import format_table, retrieval_picture, write_report
 from .shapes import ATTRIBUTES, PROMPTS
@@ -75,10 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
     # Step (3): evaluate on combinations that training never showed, at several merge ratios
     held_out = load_pairs(data_args)["validation"]
     args = EvaluationArguments(label_columns=list(PROMPTS), templates=list(PROMPTS.values()))
-    rows = []
+    encoder, rows = make_encoder(str(folder), model, processor), []
     for merge_ratio in MERGE_RATIOS:
         model.set_merge_ratio(merge_ratio)
-        metrics, encoded = evaluate_model(model, processor, held_out, data_args, args)
+        metrics, encoded = evaluate_model(encoder, held_out, data_args, args)
         rows.append(
             {
                 "merge_ratio": f"{merge_ratio:g}",

@@ -1,14 +1,14 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""How good a model is: retrieval recall and zero-shot accuracy.
+"""How good a model is: retrieval recall and accuracy.
 
-Reading order: the rank of the right answer (where everything is decided), the metrics on embeddings, the same recall as
-a module of `evaluate`, and the loops that get embeddings from a model.
+Reading order: the rank of the right answer (where everything is decided), the metrics on embeddings, the same as
+modules of `evaluate`, the loops that get embeddings from a model, and re-ranking by tokens.
 
 Ties never favour the right answer: a wrong one that scores the same counts as ahead of it. A model that maps everything
 to one point therefore scores 0, not 100.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,14 +21,28 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_mlip import MLIPModel
+from modeling_mlip.losses import TokenEmbeddings, temperature, token_scores
+
+from .data import tokenize
+from .templates import check_templates, fill
 
 RECALL_AT = (1, 5, 10)
 TIE = 1e-6  # cosines closer than this are equal: float32 rounds them differently from one batch size to the next
 MAX_SCORES = 2**24  # scores held at once
+PROMPTS_AT_ONCE = 256
+
+# (q,) queries and the (q, K) candidate keys of each -> (q, K) scores that order these anew
+Rescore = Callable[[Tensor, Tensor], Tensor]
 
 
 def rank_of_right(
-    queries: Tensor, keys: Tensor, query_group: Tensor, key_group: Tensor, pairs: tuple[Tensor, Tensor]
+    queries: Tensor,
+    keys: Tensor,
+    query_group: Tensor,
+    key_group: Tensor,
+    pairs: tuple[Tensor, Tensor],
+    top: int = 0,
+    rescore: Rescore | None = None,
 ) -> Tensor:
     """Counts, for each query, the wrong keys that score at least as high as its best right key.
 
@@ -38,6 +52,8 @@ def rank_of_right(
         query_group: (Q,) long, from 0.
         key_group: (K,) long, from 0.
         pairs: two (P,) long: key k is right for query q if (query_group[q], key_group[k]) is one of these pairs.
+        top: how many candidates `rescore` orders anew; a right key that is not among them keeps its rank.
+        rescore: their new scores; without it the scores are final.
 
     Returns:
         (Q,) long; 0 is first place. A score that is not a number counts as a miss.
@@ -61,12 +77,29 @@ def rank_of_right(
         scores = queries[start : start + chunk] @ keys.T  # (q, D) @ (D, K) -> (q, K)
         best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)  # (q, 1)
         ahead = ~right & ~(scores < best - TIE)
-        ranks.append(ahead.sum(dim=1))
+        rank = ahead.sum(dim=1)
+
+        # Step (3): the same among the first candidates by their new scores; a right one that ties is no candidate yet
+        if rescore is not None:
+            pessimistic = torch.where(right, scores.nan_to_num(-torch.inf) - TIE, scores.nan_to_num(torch.inf))
+            candidates = pessimistic.topk(min(top, len(keys)), dim=1).indices  # (q, K)
+            rows = torch.arange(start, start + len(candidates), device=candidates.device)
+            scores = rescore(rows, candidates)  # (q, K)
+            right = right.gather(1, candidates)
+            best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+            ahead = ~right & ~(scores < best - TIE)
+            rank = torch.where(right.any(dim=1), ahead.sum(dim=1), rank)
+        ranks.append(rank)
     return torch.cat(ranks)
 
 
 def retrieval_metrics(
-    image_embeds: Tensor, text_embeds: Tensor, caption_image: Tensor, caption_ids: Tensor | None = None
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    caption_image: Tensor,
+    caption_ids: Tensor | None = None,
+    top: int = 0,
+    rescore: tuple[Rescore, Rescore] | None = None,
 ) -> dict[str, float]:
     """Recall@1, @5 and @10 both ways, in percent.
 
@@ -78,6 +111,8 @@ def retrieval_metrics(
         text_embeds: (T, D), any length.
         caption_image: (T,) long, the image that each caption belongs to.
         caption_ids: (T,) long, the same for equal captions; without it all captions count as different.
+        top: how many candidates are ranked again by `rescore`.
+        rescore: new scores of candidates: of images, with captions as candidates, and the other way round.
 
     Returns:
         `image_to_text_recall@k` and `text_to_image_recall@k`, and `mean_recall`, the mean of the six.
@@ -101,16 +136,28 @@ def retrieval_metrics(
     asking = caption_image.unique()
     every_image = torch.arange(num_images, device=caption_image.device)
 
+    of_images: Rescore | None = None
+    of_captions: Rescore | None = None
+    if rescore is not None:
+        score_images, of_captions = rescore
+
+        def of_images(rows: Tensor, candidates: Tensor) -> Tensor:
+            return score_images(asking[rows], candidates)
+
     ranks = {
-        "image_to_text": rank_of_right(images[asking], texts, asking, caption_ids, (caption_image, caption_ids)),
-        "text_to_image": rank_of_right(texts, images, caption_ids, every_image, (caption_ids, caption_image)),
+        "image_to_text": rank_of_right(
+            images[asking], texts, asking, caption_ids, (caption_image, caption_ids), top, of_images
+        ),
+        "text_to_image": rank_of_right(
+            texts, images, caption_ids, every_image, (caption_ids, caption_image), top, of_captions
+        ),
     }
     metrics = {f"{way}_recall@{k}": percent_within(rank, k) for way, rank in ranks.items() for k in RECALL_AT}
     return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics)}
 
 
 def zero_shot_metrics(image_embeds: Tensor, labels: Tensor, class_embeds: Tensor) -> dict[str, float]:
-    """Zero-shot accuracy@1, and @5 with more than five classes, in percent.
+    """Zero-shot accuracy as `accuracy_metrics`.
 
     Args:
         image_embeds: (I, D), any length.
@@ -126,7 +173,20 @@ def zero_shot_metrics(image_embeds: Tensor, labels: Tensor, class_embeds: Tensor
     images, classes = normalize(image_embeds.float(), dim=-1), normalize(class_embeds.float(), dim=-1)
     every_class = torch.arange(num_classes, device=labels.device)
     rank = rank_of_right(images, classes, labels, every_class, (every_class, every_class))
-    return {f"accuracy@{k}": percent_within(rank, k) for k in (1, 5) if k == 1 or num_classes > k}
+    return accuracy_metrics(rank, labels, num_classes)
+
+
+def accuracy_metrics(rank: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """`accuracy@1`, `accuracy@5` with more than five classes, and `mean_per_class_accuracy`, the mean over the classes
+    that occur of the share of their images with rank 0; in percent.
+
+    Args:
+        rank: (I,) long, how many wrong classes are ahead of the right one.
+        labels: (I,) long.
+    """
+    metrics = {f"accuracy@{k}": percent_within(rank, k) for k in (1, 5) if k == 1 or num_classes > k}
+    per_class = [percent_within(rank[labels == label], 1) for label in labels.unique()]
+    return {**metrics, "mean_per_class_accuracy": sum(per_class) / len(per_class)}
 
 
 def percent_within(rank: Tensor, k: int) -> float:
@@ -175,6 +235,34 @@ class RetrievalRecall(evaluate.Metric):
         )
 
 
+class ZeroShotAccuracy(evaluate.Metric):
+    """`zero_shot_metrics` as a module of `evaluate`, for images that come batch by batch. It needs no network.
+
+    Example:
+
+    ```python
+    >>> import torch
+
+    >>> accuracy = ZeroShotAccuracy(keep_in_memory=True)
+    >>> accuracy.add_batch(image_embeds=torch.eye(2), labels=[0, 1])
+    >>> accuracy.compute(class_embeds=torch.eye(2))["accuracy@1"]
+    100.0
+    ```"""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Top-1, top-5 and mean per class accuracy of zero-shot classification, in percent.",
+            citation="",
+            inputs_description="One row per image: its embedding and its label. To `compute`: class_embeds (C, D).",
+            features=datasets.Features(
+                {"image_embeds": datasets.Sequence(datasets.Value("float32")), "labels": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, image_embeds: list[list[float]], labels: list[int], class_embeds: Tensor) -> dict[str, float]:
+        return zero_shot_metrics(torch.tensor(image_embeds), torch.tensor(labels), torch.as_tensor(class_embeds))
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards the mode is the one before."""
@@ -198,6 +286,7 @@ def class_embeddings(
     """One embedding per class: the normalised mean of its normalised prompts.
 
     Args:
+        model: has `get_text_features`.
         templates: prompts with `{}` for the class name, such as "a photo of a {}.".
 
     Returns:
@@ -205,22 +294,31 @@ def class_embeddings(
 
     Source: OpenCLIP's `build_zero_shot_classifier`.
     """
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"template={template!r} has no {{}} for the class name, as in 'a photo of a {{}}.'.")
+    check_templates(templates)
+    prompts = [fill(template, name) for name in class_names for template in templates]
     embeds = []
     with evaluating(model):
-        for name in class_names:
-            tokens = tokenizer(
-                [template.format(name) for template in templates],
-                padding="max_length",
-                truncation=True,
-                max_length=max_seq_length,
-                return_tensors="pt",
-            ).to(device)
-            prompts = model.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-            embeds.append(normalize(prompts.float(), dim=-1).mean(dim=0).cpu())  # (P, D) -> (D,)
-    return normalize(torch.stack(embeds), dim=-1)
+        starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+        for start in logging.tqdm(starts, desc="Prompts", unit="batch", disable=len(starts) == 1):
+            input_ids, mask, _ = tokenize(tokenizer, prompts[start : start + PROMPTS_AT_ONCE], max_seq_length)
+            features = model.get_text_features(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+            embeds.append(normalize(features.pooler_output.float(), dim=-1).cpu())
+    return normalize(torch.cat(embeds).unflatten(0, (len(class_names), len(templates))).mean(dim=1), dim=-1)
+
+
+@dataclass
+class TokenBank:
+    """The tokens of a data set as a model embeds them, for `token_rescore`; in float16, captions without padding.
+
+    Args:
+        image_tokens: I of (M, P), normalised.
+        image_weights: I of (M,).
+        text_tokens: T of (L, P), normalised, those alone that count.
+    """
+
+    image_tokens: list[Tensor]
+    image_weights: list[Tensor]
+    text_tokens: list[Tensor]
 
 
 @dataclass
@@ -229,12 +327,14 @@ class EncodedPairs:
 
     Args:
         image_embeds: (I, D) float32 on the CPU, normalised.
-        text_embeds: (T, D) float32 on the CPU, normalised.
+        text_embeds: (T, D) float32 on the CPU, normalised; T = 0 for images without captions.
         caption_image: (T,) long, the image that each caption belongs to.
         caption_ids: (T,) long, the same for captions of the same tokens.
         image_rows: (I,) long, the place of each image in the data set, the skipped ones counted.
         skipped: the images and captions that could not be used.
         num_truncated: captions longer than the context.
+        labels: (I, C) long, where the batches bring labels: one for each label column.
+        tokens: where they were asked for.
     """
 
     image_embeds: Tensor
@@ -244,17 +344,45 @@ class EncodedPairs:
     image_rows: Tensor
     skipped: list[str]
     num_truncated: int
+    labels: Tensor | None = None
+    tokens: TokenBank | None = None
 
 
 def encode_pairs(
-    model: MLIPModel, dataloader: Iterable[dict], device: torch.device | str, description: str
+    model: MLIPModel,
+    dataloader: Iterable[dict],
+    device: torch.device | str,
+    description: str,
+    with_tokens: bool = False,
 ) -> EncodedPairs:
-    """Embeds every image and every caption of batches made by `EvaluationCollator`.
+    """Embeds every image and every caption of batches made by `EvaluationCollator`, or by `LabelCollator`.
 
     Captions go through the model in slices of at most as many as the batch has images, so memory does not depend on the
     number of captions per image.
+
+    Args:
+        model: has `get_image_features` and `get_text_features`.
+        with_tokens: keeps the tokens of both sides too; of an `MLIPModel` with the token-level loss alone.
     """
-    images, texts, caption_image, caption_ids, image_rows, skipped = [], [], [], [], [], []
+    return encode_variants(model, dataloader, device, description, [lambda: None], with_tokens)[0]
+
+
+def encode_variants(
+    model: MLIPModel,
+    dataloader: Iterable[dict],
+    device: torch.device | str,
+    description: str,
+    variants: Sequence[Callable[[], None]],
+    with_tokens: bool = False,
+) -> list[EncodedPairs]:
+    """`encode_pairs` of several settings of the vision tower in one pass: data are read, and captions embedded, once.
+
+    Args:
+        variants: each sets the model to one setting.
+    """
+    images: list[list[Tensor]] = [[] for _ in variants]
+    texts, caption_image, caption_ids, image_rows, labels, skipped = [], [], [], [], [], []
+    bank = TokenBank([], [], [])
     id_of_tokens: dict[tuple[int, ...], int] = {}
     num_images = num_rows = num_truncated = 0
     with evaluating(model):
@@ -266,36 +394,109 @@ def encode_pairs(
             num_rows += batch_size + len(batch["skipped"])
             if batch_size == 0:  # everything in it was skipped
                 continue
-            features = model.get_image_features(pixel_values=batch["pixel_values"].to(device))
-            images.append(normalize(features.pooler_output.float(), dim=-1).cpu())
+            for embeds, set_variant in zip(images, variants, strict=True):
+                set_variant()
+                vision_outputs = model.get_image_features(pixel_values=batch["pixel_values"].to(device))
+                embeds.append(normalize(vision_outputs.pooler_output.float(), dim=-1).cpu())
+            if "labels" in batch:
+                labels.append(batch["labels"])
+            num_images += batch_size
+            if "input_ids" not in batch:
+                continue
             for ids, mask in zip(
                 batch["input_ids"].split(batch_size), batch["attention_mask"].split(batch_size), strict=True
             ):
-                features = model.get_text_features(input_ids=ids.to(device), attention_mask=mask.to(device))
-                texts.append(normalize(features.pooler_output.float(), dim=-1).cpu())
-                for caption, present in zip(ids, mask, strict=True):
+                ids, mask = ids.to(device), mask.to(device)
+                text_outputs = model.get_text_features(input_ids=ids, attention_mask=mask)
+                texts.append(normalize(text_outputs.pooler_output.float(), dim=-1).cpu())
+                for caption, present in zip(ids.cpu(), mask.cpu(), strict=True):
                     tokens = tuple(caption[present.bool()].tolist())
                     caption_ids.append(id_of_tokens.setdefault(tokens, len(id_of_tokens)))
-            caption_image.append(batch["caption_image"].cpu() + num_images)
-            num_images += batch_size
-    if not images:
+                if with_tokens:
+                    found = model._token_embeddings(vision_outputs, text_outputs, ids, model._caption_mask(ids, mask))
+                    bank.text_tokens += [
+                        t[m].half().cpu() for t, m in zip(found.text_tokens, found.text_mask, strict=True)
+                    ]
+            if with_tokens:
+                bank.image_tokens += found.image_tokens.half().cpu().unbind()
+                bank.image_weights += found.image_weights.cpu().unbind()
+            caption_image.append(batch["caption_image"].cpu() + num_images - batch_size)
+    if num_images == 0:
         raise ValueError(f"Nothing to evaluate: no image and caption left, {len(skipped)} skipped: {skipped[:5]}.")
-    return EncodedPairs(
-        image_embeds=torch.cat(images),
-        text_embeds=torch.cat(texts),
-        caption_image=torch.cat(caption_image),
-        caption_ids=torch.tensor(caption_ids),
-        image_rows=torch.cat(image_rows),
-        skipped=skipped,
-        num_truncated=num_truncated,
-    )
+    none = torch.empty(0, dtype=torch.long)
+    return [
+        EncodedPairs(
+            image_embeds=torch.cat(embeds),
+            text_embeds=torch.cat(texts) if texts else embeds[0].new_empty(0, embeds[0].shape[1]),
+            caption_image=torch.cat(caption_image) if caption_image else none,
+            caption_ids=torch.tensor(caption_ids, dtype=torch.long),
+            image_rows=torch.cat(image_rows),
+            skipped=skipped,
+            num_truncated=num_truncated,
+            labels=torch.cat(labels) if labels else None,
+            tokens=bank if with_tokens else None,
+        )
+        for embeds in images
+    ]
+
+
+def token_rescore(model: MLIPModel, encoded: EncodedPairs, weight: float) -> tuple[Rescore, Rescore]:
+    """Scores for `retrieval_metrics` that add what the tokens say: the cosine of the embeddings times its learned
+    temperature, plus `weight` times the late-interaction score of the same direction times its own.
+
+    Args:
+        model: that `encoded` is of, with tokens.
+        weight: 0 leaves the order of the candidates as it was.
+
+    Source: FILIP (Yao et al. 2022, arXiv 2111.07783) for the score of tokens.
+    """
+    bank = encoded.tokens
+    if bank is None:
+        raise ValueError("The tokens were not kept; call encode_pairs(..., with_tokens=True).")
+    device = model.device
+    scale, token_scale = temperature(model.logit_scale).item(), temperature(model.token_logit_scale).item()
+
+    def tokens_of(images: list[int], captions: list[int]) -> TokenEmbeddings:
+        text = [bank.text_tokens[caption].float() for caption in captions]
+        weights = [bank.image_weights[image] for image in images]
+        embeddings = TokenEmbeddings(
+            image_tokens=torch.stack([bank.image_tokens[image].float() for image in images]),
+            image_weights=torch.stack(weights),
+            text_tokens=nn.utils.rnn.pad_sequence(text, batch_first=True),
+            text_mask=nn.utils.rnn.pad_sequence([tokens.new_ones(len(tokens)) for tokens in text], True).bool(),
+        )
+        return TokenEmbeddings(*(tensor.to(device) for tensor in embeddings))
+
+    @torch.inference_mode()
+    def of_images(rows: Tensor, candidates: Tensor) -> Tensor:
+        scores = torch.einsum("qd,qkd->qk", encoded.image_embeds[rows], encoded.text_embeds[candidates])
+        tokens = [
+            token_scores(*tokens_of([image], captions))[0][0].cpu()  # (1, K) -> (K,)
+            for image, captions in zip(rows.tolist(), candidates.tolist(), strict=True)
+        ]
+        return scale * scores + weight * token_scale * torch.stack(tokens)
+
+    @torch.inference_mode()
+    def of_captions(rows: Tensor, candidates: Tensor) -> Tensor:
+        scores = torch.einsum("qd,qkd->qk", encoded.text_embeds[rows], encoded.image_embeds[candidates])
+        tokens = [
+            token_scores(*tokens_of(images, [caption]))[1][:, 0].cpu()  # (K, 1) -> (K,)
+            for caption, images in zip(rows.tolist(), candidates.tolist(), strict=True)
+        ]
+        return scale * scores + weight * token_scale * torch.stack(tokens)
+
+    return of_images, of_captions
 
 
 __all__ = [
     "EncodedPairs",
     "RetrievalRecall",
+    "ZeroShotAccuracy",
+    "accuracy_metrics",
     "class_embeddings",
     "encode_pairs",
+    "encode_variants",
     "retrieval_metrics",
+    "token_rescore",
     "zero_shot_metrics",
 ]

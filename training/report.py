@@ -6,8 +6,11 @@ Nothing here computes or invents a figure: what is not given is left out.
 
 import base64
 import html
+import io
 import mimetypes
+import os
 import re
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +28,12 @@ from modeling_mlip import MLIPConfig
 # Beside the folder of this file, both in a checkout and where setup.cfg installs it.
 MODEL_CARD_TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 
+PIPELINE_TAG = "zero-shot-image-classification"
 MERGE_RATIOS_PICTURE = "merge_ratios.png"
+# Markers of the points of `plot_pareto`, one for each merge ratio.
+MARKERS = "osD^vP*Xhp<>"
+# What stands around the part of a card that `add_to_model_card` writes.
+EVALUATIONS = ("<!-- evaluations -->", "<!-- end of evaluations -->")
 
 # Title of a panel, and the keys of the log that it shows.
 PANELS = (
@@ -125,6 +134,73 @@ def plot_merge_ratios(rows: list[dict[str, float]], path: str | Path) -> None:
     figure.savefig(path, format="png", dpi=100)
 
 
+def plot_pareto(rows: list[dict[str, Any]], metric: str, path: str | Path) -> None:
+    """Draws accuracy over images per second and over FLOPs as a PNG: a line for each method, a marker for each ratio.
+
+    Args:
+        rows: of `mlip benchmark`: `method`, `merge_ratio` (`None` for a model that is a single point),
+            `images_per_second` with its quartiles `images_per_second_low` and `_high`, `gflops_per_image`, and the
+            metric. A row of ratio 0 with method "none" belongs to every line.
+        metric: the key of the rows that is drawn, in percent.
+    """
+    ratios = sorted({row["merge_ratio"] for row in rows if row["merge_ratio"] is not None})
+    marker_of = dict(zip(ratios, MARKERS, strict=False))
+    start = [row for row in rows if row["method"] == "none"]
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "none")) or ["none"]
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    all_axes = figure.subplots(1, 2, sharey=True)
+    handles = []
+    for number, method in enumerate(methods):
+        color = f"C{number}"
+        own = [row for row in rows if row["method"] == method]
+        single = own[0]["merge_ratio"] is None
+        line = own if single or method == "none" else sorted(start + own, key=lambda row: row["merge_ratio"])
+        for axes, key in zip(all_axes, ("images_per_second", "gflops_per_image"), strict=True):
+            x, y = [row[key] for row in line], [row[metric] for row in line]
+            axes.plot(x, y, color=color, linewidth=1.5, zorder=2)
+            for row in line:
+                shared = row["method"] == "none"
+                style = {"color": "#444444" if shared else color, "markersize": 8, "zorder": 3}
+                axes.plot(
+                    row[key], row[metric], marker="$\\bigstar$" if single else marker_of[row["merge_ratio"]], **style
+                )
+            if key == "images_per_second":
+                spread = [
+                    [row[key] - row[f"{key}_low"] for row in line],
+                    [row[f"{key}_high"] - row[key] for row in line],
+                ]
+                axes.errorbar(x, y, xerr=spread, fmt="none", ecolor=color, alpha=0.5, capsize=2, zorder=1)
+        handles.append(Line2D([], [], color=color, marker="$\\bigstar$" if single else None, label=method))
+    for ratio in ratios:
+        handles.append(
+            Line2D([], [], color="#444444", linestyle="none", marker=marker_of[ratio], label=f"merge ratio {ratio:g}")
+        )
+    for axes, label in zip(all_axes, ("images per second", "GFLOPs per image"), strict=True):
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        axes.margins(0.08)
+    all_axes[0].set_ylabel(f"{metric.replace('_', ' ')} (%)")
+    all_axes[1].invert_xaxis()  # cheaper to the right, as in the panel beside it
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, buffer.getvalue())
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Writes a whole file or nothing: what was there stays until the new one is complete."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 def retrieval_picture(
     path: str | Path,
     images: Sequence[Image.Image | np.ndarray],
@@ -177,7 +253,8 @@ def write_model_card(
 
     Args:
         folder: the saved model; its name becomes the model's.
-        metrics: what was measured, in percent; recalls and accuracies are taken, with or without "eval_".
+        metrics: what was measured, in percent, as `mlip train` and `mlip evaluate` write it; recalls and accuracies are
+            taken, with or without "eval_".
         dataset: what was trained and measured on: a Hub id ("owner/name", which the Hub then links), a path or a name;
             of a path the last part is shown.
         base_model: likewise, what training started from.
@@ -188,27 +265,12 @@ def write_model_card(
     folder = Path(folder).resolve()
     if merge_ratios:
         plot_merge_ratios(merge_ratios, folder / MERGE_RATIOS_PICTURE)
-    measured = {
-        key.removeprefix("eval_"): round(float(value), 2)
-        for key, value in metrics.items()
-        if "recall" in key or "accuracy" in key
-    }
+    measured = _measured(metrics)
     dataset_name, dataset_id = _shown_name(dataset), _hub_id(dataset)
-    results = [
-        EvalResult(
-            task_type="image-text-retrieval" if "recall" in key else "zero-shot-image-classification",
-            dataset_type=dataset_id or dataset_name,
-            dataset_name=dataset_name,
-            metric_type="recall" if "recall" in key else "accuracy",
-            metric_name=f"{key.replace('_', ' ')} (%)",
-            metric_value=value,
-        )
-        for key, value in measured.items()
-        if dataset_name
-    ]
+    results = _eval_results(measured, dataset) if dataset else []
     card_data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
+        pipeline_tag=PIPELINE_TAG,
         license=_license(base_model),
         tags=["mlip", "clip"],
         base_model=_hub_id(base_model),
@@ -236,6 +298,79 @@ def write_model_card(
     path = folder / "README.md"
     card.save(path)
     return path
+
+
+def add_to_model_card(folder: str | Path, results: dict[str, Any]) -> Path:
+    """Adds what `mlip evaluate` measured to the card of a saved model, to its metadata and as a table.
+
+    A second evaluation on the same data, split and merge ratio replaces the first.
+
+    Args:
+        folder: the saved model with its README.md.
+        results: the metrics in percent, with `dataset`, `split` and `merge_ratio`.
+    """
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path)
+    new = _eval_results(
+        _measured(results), results["dataset"], results["split"], f" at merge ratio {results['merge_ratio']:g}"
+    )
+    replaced = {(result.dataset_name, result.dataset_split, result.metric_name) for result in new}
+    kept = [
+        result
+        for result in card.data.eval_results or []
+        if (result.dataset_name, result.dataset_split, result.metric_name) not in replaced
+    ]
+    card.data.eval_results = kept + new
+    card.data.model_name = card.data.model_name or Path(folder).resolve().name
+    rows = [
+        {"data set": result.dataset_name, "split": result.dataset_split, "metric": result.metric_name}
+        | {"%": result.metric_value}
+        for result in card.data.eval_results
+        if result.dataset_split  # those of training have a table of their own
+    ]
+    start, end = EVALUATIONS
+    section = f"{start}\n## Evaluations\n\n{format_table(rows, markdown=True)}\n{end}"
+    before, found, rest = card.text.partition(start)
+    if found:
+        card.text = before + section + rest.partition(end)[2]
+    else:
+        before, limits, rest = card.text.partition("\n## Limits")
+        card.text = f"{before.rstrip()}\n\n{section}\n{limits}{rest}"
+    write_atomically(path, str(card))
+    return path
+
+
+def _measured(metrics: dict[str, Any]) -> dict[str, float]:
+    return {
+        key.removeprefix("eval_"): round(float(value), 2)
+        for key, value in metrics.items()
+        if "recall" in key or "accuracy" in key
+    }
+
+
+def _eval_results(
+    measured: dict[str, float], dataset: str, split: str | None = None, setting: str = ""
+) -> list[EvalResult]:
+    """The metadata of each metric; `setting` goes to its name."""
+    shown = _shown_name(dataset) or dataset
+    return [
+        EvalResult(
+            task_type=_task(key),
+            dataset_type=shown,
+            dataset_name=shown,
+            dataset_split=split,
+            metric_type="recall" if "recall" in key else "accuracy",
+            metric_name=f"{key.replace('_', ' ')} (%){setting}",
+            metric_value=value,
+        )
+        for key, value in measured.items()
+    ]
+
+
+def _task(metric: str) -> str:
+    if "recall" in metric:
+        return "image-text-retrieval"
+    return "image-classification" if metric.startswith(("linear_probe", "few_shot")) else PIPELINE_TAG
 
 
 def _hub_id(name: str | None) -> str | None:
@@ -323,10 +458,13 @@ def html_table(rows: list[dict[str, Any]]) -> str:
 
 
 __all__ = [
+    "add_to_model_card",
     "format_table",
     "plot_learning_curves",
     "plot_merge_ratios",
+    "plot_pareto",
     "retrieval_picture",
+    "write_atomically",
     "write_model_card",
     "write_report",
 ]

@@ -1,0 +1,308 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Images with class labels: their columns and class names, their batches, and classifiers on frozen features.
+
+In the order of an evaluation: `find_label_columns`, `read_classes`, `LabelledImages` (or `StreamedLabelledImages`) and
+`LabelCollator`, then `linear_probe` and `few_shot`.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers.utils import logging
+
+from .data import one_line, read_image, undecoded
+from .metrics import accuracy_metrics
+
+LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "category", "target", "fine_label", "cls")
+# Strengths of LogisticRegression that `linear_probe` chooses from, weakest regularisation last.
+PROBE_C = (0.001, 0.01, 0.1, 1.0, 10.0)
+FEW_SHOT_C = 0.1
+PROBE_STEPS = 1000
+HELD_BACK = 0.2  # share of the training images that chooses the strength
+
+
+# 1. Columns and classes
+
+
+def find_label_columns(dataset: Dataset | IterableDataset, wanted: Sequence[str]) -> list[str]:
+    """The columns of class labels: those wanted, else every ClassLabel, else the first of a usual name.
+
+    Raises:
+        ValueError: if there is none, or none of a name wanted.
+    """
+    columns = dict(dataset.features or next(iter(dataset), {}))
+    listed = f"the columns are {', '.join(columns)}"
+    for name in wanted:
+        if name not in columns:
+            raise ValueError(f"label_columns={name}: no such column; {listed}.")
+    found = list(wanted) or [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
+    found = found or [name for name in LABEL_COLUMNS if name in columns][:1]
+    if not found:
+        raise ValueError(
+            f"There is neither a caption nor a class label in this data set: {listed}; choose with --label_columns or "
+            "--caption_column."
+        )
+    return found
+
+
+@dataclass
+class Classes:
+    """The classes of one label column.
+
+    Args:
+        column: its name.
+        names: C class names.
+        index: value in the column -> index of its name.
+    """
+
+    column: str
+    names: list[str]
+    index: dict[Any, int]
+
+    def label_of(self, value: Any) -> int:
+        """The index of a value.
+
+        Raises:
+            ValueError: for one that is no class.
+        """
+        if value not in self.index:
+            known = ", ".join(map(repr, list(self.index)[:5]))
+            raise ValueError(f"{self.column}={value!r} is none of the {len(self.names)} classes ({known} ...)")
+        return self.index[value]
+
+
+def read_classes(dataset: Dataset | IterableDataset, column: str, class_names: Sequence[str] | None = None) -> Classes:
+    """The classes of a column: of its ClassLabel, of the names given, or of the strings that it holds.
+
+    Args:
+        class_names: instead of those of a ClassLabel, in its order; for numbers, in the order from 0.
+
+    Raises:
+        ValueError: if the names are not known, or as many as there are classes.
+    """
+    feature = (dataset.features or {}).get(column)
+    if isinstance(feature, datasets.ClassLabel):
+        names = [name.replace("_", " ") for name in feature.names]
+        if class_names is not None and len(class_names) != len(names):
+            raise ValueError(
+                f"--class_names has {len(class_names)} names, and {column} has {len(names)} classes "
+                f"({', '.join(feature.names[:5])} ...); give one in each line, in this order."
+            )
+        return Classes(column, list(class_names or names), {n: n for n in range(len(names))})
+    if isinstance(dataset, IterableDataset):
+        if class_names is None:
+            raise ValueError(
+                f"A stream does not tell the classes of {column} in advance; give them as --class_names, or leave out "
+                "--streaming."
+            )
+        return Classes(column, list(class_names), _index_of(class_names))
+    values = set(dataset.unique(column)) - {None}
+    if all(isinstance(value, int) for value in values):
+        if class_names is None:
+            raise ValueError(
+                f"{column} holds numbers without names; give a file of names, one in each line from class 0 on, as "
+                "--class_names."
+            )
+        return Classes(column, list(class_names), {n: n for n in range(len(class_names))})
+    if not all(isinstance(value, str) for value in values):
+        kinds = sorted({type(value).__name__ for value in values})
+        raise ValueError(f"{column} holds {', '.join(kinds)}; a class label is a ClassLabel, a string or a number.")
+    if class_names is not None:
+        return Classes(column, list(class_names), _index_of(class_names))
+    ordered = sorted(values)
+    return Classes(column, [name.replace("_", " ") for name in ordered], _index_of(ordered))
+
+
+def _index_of(names: Sequence[str]) -> dict[Any, int]:
+    """Both a name and its number, for columns whose kind is not known."""
+    return {name: n for n, name in enumerate(names)} | {n: n for n in range(len(names))}
+
+
+def labels_of(dataset: Dataset, classes: Classes, rows: Tensor) -> Tensor:
+    """The labels of some rows `(R,)`.
+
+    Raises:
+        ValueError: for a row without one.
+    """
+    values = dataset.select_columns([classes.column])[:][classes.column]
+    found = []
+    for row in rows.tolist():
+        try:
+            found.append(classes.label_of(values[row]))
+        except ValueError as error:
+            raise ValueError(f"Row {row}: {error}.") from None
+    return torch.tensor(found, dtype=torch.long)
+
+
+# 2. Items and batches
+
+
+class _Labelled:
+    """Makes the item of one row: {"pixel_values": float (3, H, W), "labels": C indices}, or {"where", "error"}."""
+
+    def __init__(
+        self,
+        dataset: Dataset | IterableDataset,
+        image_column: str,
+        classes: Sequence[Classes],
+        transform: Callable[[Any], Tensor],
+    ):
+        self.dataset = undecoded(dataset.select_columns([image_column, *(kind.column for kind in classes)]))
+        self.image_column = image_column
+        self.classes = classes
+        self.transform = transform
+
+    def item(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        value = row[self.image_column]
+        value = value if isinstance(value, dict) else {"path": value} if isinstance(value, str) else {"bytes": value}
+        try:
+            labels = [kind.label_of(row[kind.column]) for kind in self.classes]
+            image = read_image(value.get("bytes"), value.get("path"))
+        except Exception as error:
+            return {"where": where, "error": one_line(error)}
+        return {"pixel_values": self.transform(image), "labels": labels}
+
+
+class LabelledImages(_Labelled, torch.utils.data.Dataset):
+    """Items by index."""
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.item(self.dataset[index], f"row {index}")
+
+
+class StreamedLabelledImages(_Labelled, torch.utils.data.IterableDataset):
+    """Items of a stream."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for count, row in enumerate(self.dataset):
+            yield self.item(row, f"row {count}")
+
+
+class LabelCollator:
+    """Items to a batch of B images: pixel_values float (B, 3, H, W), labels int64 (B, C), kept int64 (B,): the place
+    of each image among the items, and skipped, "where: why" of the others."""
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        kept = [place for place, item in enumerate(items) if "error" not in item]
+        return {
+            "pixel_values": torch.stack([items[place]["pixel_values"] for place in kept]) if kept else torch.empty(0),
+            "labels": torch.tensor([items[place]["labels"] for place in kept], dtype=torch.long),
+            "kept": torch.tensor(kept, dtype=torch.long),
+            "skipped": [f"{item['where']}: {item['error']}" for item in items if "error" in item],
+            "num_truncated": 0,
+        }
+
+
+# 3. Classifiers on frozen features
+
+
+def require_sklearn() -> None:
+    """Raises ImportError with what to install, before anything is computed."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise ImportError(
+            "Linear probes need scikit-learn, which is not installed: pip install scikit-learn, or "
+            "pip install 'modeling-mlip[evaluate]'."
+        )
+
+
+def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int) -> dict:
+    """Accuracy of logistic regression on frozen features, in percent, as `accuracy_metrics`.
+
+    The strength of the regularisation is the one of `PROBE_C` that classifies a fifth of the training images best when
+    trained on the others; then all are trained on.
+
+    Args:
+        train: (R, D) features to train on.
+        train_labels: (R,) long.
+        test: (I, D) features to classify.
+        test_labels: (I,) long.
+        classes: how many there are.
+
+    Returns:
+        `accuracy@1`, `accuracy@5`, `mean_per_class_accuracy`, and `C`, the strength chosen.
+
+    Raises:
+        ImportError: without scikit-learn.
+        ValueError: for training images of a single class.
+    """
+    require_sklearn()
+    order = np.random.default_rng(0).permutation(len(train))
+    cut = max(1, round(HELD_BACK * len(train)))
+    held, rest = order[:cut], order[cut:]
+    accuracies = {}
+    if len(train_labels[rest].unique()) > 1:
+        for C in logging.tqdm(PROBE_C, desc="Linear probe", unit="fit"):
+            rank = _ranks(train[rest], train_labels[rest], train[held], train_labels[held], classes, C)
+            accuracies[C] = (rank == 0).double().mean().item()
+    best = max(accuracies, key=accuracies.__getitem__, default=FEW_SHOT_C)
+    rank = _ranks(train, train_labels, test, test_labels, classes, best)
+    return {**accuracy_metrics(rank, test_labels, classes), "C": best}
+
+
+def few_shot(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    classes: int,
+    shots: int,
+    seeds: int,
+) -> dict[str, float]:
+    """`accuracy@1` of logistic regression on `shots` images of each class, its mean over draws of them, and
+    `accuracy_spread`, its standard deviation; in percent.
+
+    Raises:
+        ImportError: without scikit-learn.
+    """
+    require_sklearn()
+    found = []
+    for seed in logging.tqdm(range(seeds), desc=f"{shots} shots", unit="seed"):
+        chosen = draw_shots(train_labels, shots, seed)
+        rank = _ranks(train[chosen], train_labels[chosen], test, test_labels, classes, FEW_SHOT_C)
+        found.append(accuracy_metrics(rank, test_labels, classes)["accuracy@1"])
+    return {"accuracy@1": float(np.mean(found)), "accuracy_spread": float(np.std(found, ddof=seeds > 1))}
+
+
+def draw_shots(labels: Tensor, shots: int, seed: int, names: Sequence[str] | None = None) -> Tensor:
+    """Rows of `shots` images of each class that occurs in `labels` `(R,)`; more shots of a seed contain the fewer.
+
+    Raises:
+        ValueError: for a class with fewer images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    chosen = []
+    for label in labels.unique().tolist():
+        rows = order[labels[order] == label]
+        if len(rows) < shots:
+            name = f"class {names[label]!r}" if names else f"class {label}"
+            raise ValueError(f"--shots {shots}: {name} has {len(rows)} images to train on; choose at most as many.")
+        chosen.append(rows[:shots])
+    return torch.cat(chosen)
+
+
+def _ranks(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int, C: float) -> Tensor:
+    """How many classes score at least as high as the right one, `(I,)`; a class that was not trained is never right."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    known = train_labels.unique()
+    if len(known) < 2:
+        raise ValueError(f"The training images are of {len(known)} class(es); a classifier needs two or more.")
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=PROBE_STEPS))
+    model.fit(train.numpy(), train_labels.numpy())
+    scores = torch.full((len(test), classes), -torch.inf, dtype=torch.float64)
+    scores[:, known] = torch.from_numpy(model.predict_log_proba(test.numpy())).double()
+    right = scores.gather(1, test_labels[:, None])  # (I, 1)
+    return (scores >= right).sum(dim=1) - 1

@@ -1,0 +1,72 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Prompt templates for zero-shot classification: a short list, files, and the lists that open_clip ships."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+DEFAULT_TEMPLATES = (
+    "{}",
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a close-up photo of a {}.",
+    "a picture of a {}.",
+    "a drawing of a {}.",
+    "an image of a {}.",
+)
+# Name -> the constant of open_clip.zero_shot_metadata.
+OPEN_CLIP_TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
+
+
+def fill(template: str, name: str) -> str:
+    """The prompt: `{}` of the template is the class name; other braces stay."""
+    return template.replace("{}", name)
+
+
+def read_templates(value: str) -> tuple[str, ...]:
+    """The templates that a flag names: a template itself, a file with one in each line, `default`, or a list of
+    open_clip.
+
+    Raises:
+        ImportError: for a list of open_clip, where that is not installed.
+        ValueError: for anything else that has no `{}`.
+    """
+    if "{}" in value:
+        return (value,)
+    if value == "default":
+        return DEFAULT_TEMPLATES
+    if value in OPEN_CLIP_TEMPLATES:
+        try:
+            from open_clip import zero_shot_metadata
+        except ImportError:
+            raise ImportError(
+                f"--templates {value} is a list of open_clip, which is not installed: pip install open_clip_torch, "
+                "or give --templates default or a file."
+            ) from None
+        return tuple(template("{}") for template in getattr(zero_shot_metadata, OPEN_CLIP_TEMPLATES[value]))
+    if Path(value).is_file():
+        return check_templates(read_lines(value), value)
+    raise ValueError(
+        f"--templates {value!r} has no {{}} for the class name and is no file; give a template such as "
+        f"'a photo of a {{}}.', a file with one in each line, or one of default, {', '.join(OPEN_CLIP_TEMPLATES)}."
+    )
+
+
+def check_templates(templates: Sequence[str], source: str = "templates") -> tuple[str, ...]:
+    """The templates, each of which has `{}`.
+
+    Raises:
+        ValueError: otherwise, or if there is none.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(
+                f"{source}: template {template!r} has no {{}} for the class name, as in 'a photo of a {{}}.'."
+            )
+    if not templates:
+        raise ValueError(f"{source} holds no template; write one in each line, such as 'a photo of a {{}}.'.")
+    return tuple(templates)
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file without those that are empty."""
+    return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
