@@ -109,7 +109,7 @@ def draw_regions(path: Path, image: np.ndarray, stages: Sequence[tuple[str, np.n
             second.imshow(tint_regions(labels), extent=(0, W, H, 0), interpolation="nearest")
             for axes in (first, second):
                 _borders(axes, labels)
-    figure.savefig(path, format="png", dpi=DPI)
+    _save(figure, path)
 
 
 # Heat maps
@@ -125,7 +125,7 @@ def draw_importance(path: Path, stages: Sequence[tuple[str, dict[str, np.ndarray
     highest = max(np.abs(scores).max() for _, maps in stages for scores in maps.values())
     limit = min(max(float(highest), 1e-6), MAX_Z)
     shape = stages[0][1][kinds[0]].shape
-    figure, grid = _panels(len(stages), len(kinds), shape, extra=1.6)
+    figure, grid = _panels(len(stages), len(kinds), shape, extra=2.3)
     for axes, kind in zip(grid[0], kinds, strict=True):
         axes.set_title(kind, **LABELS)
     for line, (name, maps) in zip(grid, stages, strict=True):
@@ -133,9 +133,9 @@ def draw_importance(path: Path, stages: Sequence[tuple[str, dict[str, np.ndarray
             drawn = axes.imshow(maps[kind], cmap=MAPS, vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation="horizontal", ha="right", va="center", labelpad=10, **LABELS)
-    bar = figure.colorbar(drawn, ax=grid, extend="both" if highest > limit else "neither", aspect=30)
+    bar = figure.colorbar(drawn, ax=grid, extend="both" if highest > limit else "neither", aspect=12 * len(stages))
     bar.set_label("standard deviations from the mean over tokens", **LABELS)
-    figure.savefig(path, format="png", dpi=DPI)
+    _save(figure, path)
 
 
 def draw_words(path: Path, image: np.ndarray, words: Sequence[tuple[str, np.ndarray]]) -> None:
@@ -143,7 +143,7 @@ def draw_words(path: Path, image: np.ndarray, words: Sequence[tuple[str, np.ndar
     H, W = words[0][1].shape
     lowest, highest = (float(end([end(scores) for _, scores in words])) for end in (np.min, np.max))
     columns = min(COLUMNS, len(words) + 1)
-    figure, grid = _panels(-(-(len(words) + 1) // columns), columns, (H, W), extra=1.0)
+    figure, grid = _panels(-(-(len(words) + 1) // columns), columns, (H, W), extra=1.3)
     grey = image.mean(axis=2)
     for axes in grid.flat:
         axes.axis("off")
@@ -152,9 +152,9 @@ def draw_words(path: Path, image: np.ndarray, words: Sequence[tuple[str, np.ndar
         _picture(axes, grey, (H, W), f"{drawable(word, n)}  {scores.max():.2f}")
         heat = dict(cmap=MAPS, vmin=lowest, vmax=max(highest, lowest + 1e-6), extent=(0, W, H, 0))
         drawn = axes.imshow(scores, alpha=0.65, interpolation="nearest", **heat)
-    bar = figure.colorbar(drawn, ax=grid, aspect=30)
+    bar = figure.colorbar(drawn, ax=grid, aspect=12 * len(grid))
     bar.set_label("cosine similarity (beside each word: its highest)", **LABELS)
-    figure.savefig(path, format="png", dpi=DPI)
+    _save(figure, path)
 
 
 def drawable(word: str, index: int) -> str:
@@ -210,7 +210,7 @@ def draw_filters(path: Path, magnitudes: Sequence[np.ndarray]) -> None:
             _whole_ticks(axes)
         right.supxlabel("horizontal, cycles per image", fontsize=11)
         right.colorbar(drawn, ax=grid, aspect=25).set_label("|K|", **LABELS)
-    figure.savefig(path, format="png", dpi=DPI)
+    _save(figure, path)
 
 
 # Panels
@@ -239,6 +239,10 @@ def _borders(axes: Axes, labels: np.ndarray) -> None:
     borders = region_borders(labels)
     for colour, width in (("white", 1.6), ("black", 0.7)):
         axes.add_collection(LineCollection(list(borders), colors=colour, linewidths=width, capstyle="projecting"))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png", dpi=DPI, pil_kwargs={"optimize": True})
 
 
 # The page
