@@ -209,12 +209,12 @@ def grouped_token_loss(
     num_rows = len(tokens.text_mask)
     num_groups = 1 if group_size is None else math.ceil(num_rows / group_size)
     groups = zip(*(tensor.tensor_split(num_groups) for tensor in (*tokens, *keys)), strict=True)
-    loss: torch.Tensor | float = 0.0
+    losses = []
     for image_tokens, image_weights, text_tokens, text_mask, *group_keys in groups:
         targets = positive_targets(group_keys, group_keys)
         scores = token_scores(image_tokens, image_weights, text_tokens, text_mask)
-        loss = loss + token_loss(*scores, logit_scale, targets) * (len(text_mask) / num_rows)
-    return loss
+        losses.append(token_loss(*scores, logit_scale, targets) * (len(text_mask) / num_rows))
+    return torch.stack(losses).sum()
 
 
 class TokenEmbeddings(NamedTuple):
