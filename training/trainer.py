@@ -34,6 +34,10 @@ LOSS_PARTS = ("spatial_loss", "frequency_loss", "token_loss")
 NO_DECAY = ("bias", "norm", "gate", "position_embedding", "class_embedding", "layer_scale", "logit_scale", "query")
 
 
+def _no_embedding() -> None:
+    return None
+
+
 class CodeFiles(TrainerCallback):
     """Puts the code files beside what is about to be pushed: of a checkpoint, Trainer takes only weights and config."""
 
@@ -110,6 +114,8 @@ class MLIPTrainer(Trainer):
             for name, scale in self.model.logit_scales().items():
                 temperatures.register_parameter(name, scale)
             self.accelerator.state.fsdp_plugin.ignored_modules = [temperatures]
+            # accelerate shards "the" input embedding apart; both towers' are in `_no_split_modules` already.
+            self.model.get_input_embeddings = _no_embedding
 
     # Training
 
