@@ -3,9 +3,12 @@
 
 import csv
 import io
+import itertools
 import json
+import re
 import tarfile
 import time
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -28,6 +31,7 @@ from modeling_mlip.training.data import (
     image_transform,
     load_pairs,
     read_image,
+    split_by_process,
     stable_hash,
 )
 from modeling_mlip.training.shapes import shapes_dataset
@@ -308,9 +312,9 @@ def test_augmentation_of_a_photo_keeps_its_proportions():
 
 def test_items_are_fast(transform):
     dataset = pairs(shapes_dataset(200, 0)["train"], transform, training=True, augmentation=augmentation(64))
-    start = time.perf_counter()
+    start = time.process_time()
     assert len([dataset[index] for index in range(200)]) == 200
-    assert time.perf_counter() - start < 3  # 0.13 s on an idle core
+    assert time.process_time() - start < 3  # 0.13 s
 
 
 # Items
@@ -355,22 +359,163 @@ def test_workers_that_live_on_see_the_epoch_change(transform):
     assert epochs[0] == epochs[2] != epochs[1]
 
 
-def test_stream_covers_every_row_once_over_workers_and_shuffles_in_training(transform):
-    data = image_dataset([encoded(picture(n)) for n in range(12)], [f"caption {n}" for n in range(12)])
+# Streams
 
-    def read(training, workers=0, epoch=0):
-        stream = data.to_iterable_dataset(num_shards=3)
-        dataset = StreamedPairDataset(stream, "image", "caption", transform, training, seed=0)
-        dataset.set_epoch(epoch)
-        return [item["captions"][0] for item in DataLoader(dataset, batch_size=None, num_workers=workers)]
+NUM_ROWS, NUM_SHARDS = 26, 5  # shards of 6, 5, 5, 5 and 5 rows, which neither processes nor workers divide
 
-    plain = data["caption"][:]
-    assert read(training=False) == plain
-    assert sorted(read(training=False, workers=2)) == sorted(plain)
-    first, again, later = read(True), read(True), read(True, epoch=1)
-    assert sorted(first) == sorted(plain)
-    assert first == again != plain and first != later
-    assert sorted(read(True, workers=2)) == sorted(plain)
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> dict[str, str]:
+    """The same rows as parquet and as tar shards, as patterns."""
+    root = tmp_path_factory.mktemp("shards")
+    rows = image_dataset([encoded(picture(n)) for n in range(NUM_ROWS)], [f"caption {n}" for n in range(NUM_ROWS)])
+    for index in range(NUM_SHARDS):
+        shard = rows.shard(NUM_SHARDS, index)
+        shard.to_parquet(root / f"{index}.parquet")
+        with tarfile.open(root / f"{index}.tar", "w") as tar:
+            for number, row in enumerate(shard.cast_column("image", datasets.Image(decode=False))):
+                for name, data in (
+                    (f"{number}.png", row["image"]["bytes"]),
+                    (f"{number}.txt", row["caption"].encode()),
+                ):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return {kind: str(root / f"*.{kind}") for kind in ("parquet", "tar")}
+
+
+def stream(pattern: str, transform, training=True, seed=0) -> StreamedPairDataset:
+    args = DataArguments(train_file=pattern, streaming=True)
+    rows = load_pairs(args)["train"]
+    return StreamedPairDataset(rows, *find_columns(rows, args), transform, training, seed)
+
+
+class Worker:
+    """What torch tells a worker of itself, so that one process can play them all."""
+
+    def __init__(self, id: int, num_workers: int):
+        self.id, self.num_workers, self.seed, self.dataset = id, num_workers, id, None
+
+
+def passes(stream, monkeypatch, processes=1, workers=1, count=1) -> list[list[list[str]]]:
+    """The captions that each reader sees in its first passes: pass -> reader -> captions."""
+    seen: list[list[list[str]]] = [[] for _ in range(count)]
+    for rank in range(processes):
+        share = stream.for_process(rank, processes)
+        for worker in range(workers):
+            monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda worker=worker: Worker(worker, workers))
+            for number in range(count):
+                seen[number].append([])
+            for item in share:
+                _, number, _ = item["position"]
+                if number == count:
+                    break
+                seen[number][-1] += item["captions"]
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+@pytest.mark.parametrize("processes, workers", [(2, 2), (5, 1), (1, 5), (2, 1)])
+def test_a_pass_of_all_processes_and_workers_shows_each_row_once(
+    kind, processes, workers, shards, transform, monkeypatch
+):
+    everything = sorted(f"caption {n}" for n in range(NUM_ROWS))
+    for readers in passes(stream(shards[kind], transform), monkeypatch, processes, workers, count=3):
+        assert len(readers) == processes * workers
+        assert sorted(sum(readers, [])) == everything
+        assert all(readers)
+
+
+def test_many_shards_are_dealt_out_whole_and_few_row_by_row(monkeypatch):
+    dataset = Dataset.from_dict({"n": range(70)})
+    for num_shards, whole in [(4, True), (33, True), (5, False)]:
+        shares = [split_by_process(dataset.to_iterable_dataset(num_shards), rank, 2) for rank in (0, 1)]
+        rows = [[row["n"] for row in share] for share in shares]
+        assert sorted(rows[0] + rows[1]) == list(range(70))
+        assert (shares[0].num_shards < num_shards) == whole
+
+
+def test_the_order_of_a_stream_follows_from_seed_and_pass_alone(shards, transform, monkeypatch):
+    first = passes(stream(shards["tar"], transform), monkeypatch, processes=2, workers=2, count=2)
+    assert first == passes(stream(shards["tar"], transform), monkeypatch, processes=2, workers=2, count=2)
+    assert first[0] != first[1]
+    assert [set(reader) for reader in first[0]] != [set(reader) for reader in first[1]]  # shards change hands
+    assert first != passes(stream(shards["tar"], transform, seed=1), monkeypatch, processes=2, workers=2, count=2)
+    second = passes(stream(shards["tar"], transform), monkeypatch, count=2)[1][0]
+    started_later = stream(shards["tar"], transform)
+    started_later.set_epoch(1)
+    assert second == [item["captions"][0] for item in itertools.islice(started_later, NUM_ROWS)]
+
+
+def test_real_workers_read_what_the_played_ones_do(shards, transform, tokenizer, monkeypatch):
+    loader = DataLoader(
+        stream(shards["parquet"], transform), batch_size=3, num_workers=2, collate_fn=lambda items: items
+    )
+    batches = [[item["captions"][0] for item in batch] for batch in itertools.islice(loader, 6)]
+    played = passes(stream(shards["parquet"], transform), monkeypatch, workers=2, count=2)
+    played = [sum(readers, []) for readers in zip(*played, strict=True)]
+    assert batches[0::2] == [played[0][start : start + 3] for start in (0, 3, 6)]
+    assert batches[1::2] == [played[1][start : start + 3] for start in (0, 3, 6)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_resumes_where_each_worker_stood(workers, shards, transform, tokenizer):
+    collate = PairCollator(tokenizer, 8)
+    options = dict(batch_size=4, num_workers=workers, collate_fn=collate)
+    whole = list(itertools.islice(DataLoader(stream(shards["tar"], transform), **options), 20))
+    for after in (1, 5, 13):  # the last in the second pass
+        positions = {}
+        for batch in whole[:after]:
+            positions |= batch["position"]
+        resumed = stream(shards["tar"], transform)
+        resumed.resume(positions, batches=after, batch_size=4)
+        batches = list(itertools.islice(DataLoader(resumed, **options), 20))
+        assert batches[:after] == [{}] * after
+        for ours, theirs in zip(batches[after:], whole[after:], strict=True):
+            assert ours["names"] == theirs["names"] and ours["position"] == theirs["position"]
+            assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+            assert torch.equal(ours["input_ids"], theirs["input_ids"])
+
+
+def test_a_resumed_stream_decodes_nothing_that_it_skips(shards, transform, monkeypatch):
+    resumed = stream(shards["tar"], transform)
+    resumed.resume({0: (1, 20)}, batches=40, batch_size=1)
+    decoded = []
+    monkeypatch.setattr(
+        "modeling_mlip.training.data.read_image", lambda data, path: decoded.append(path) or read_image(data, path)
+    )
+    items = list(itertools.islice(resumed, 43))
+    assert items[:40] == [None] * 40 and [item["position"][2] for item in items[40:]] == [21, 22, 23]
+    assert len(decoded) == 3
+
+
+def test_a_reader_without_rows_is_told_so(transform):
+    rows = Dataset.from_dict({"image": [None], "caption": ["a"]}).to_iterable_dataset()
+    share = StreamedPairDataset(rows, "image", "caption", transform, True, 0).for_process(1, 2)
+    with pytest.raises(ValueError, match="process 1.*fewer rows.*--dataloader_num_workers"):
+        next(iter(share))
+
+
+def test_evaluation_reads_a_stream_once_in_its_order_over_all_workers(shards, transform):
+    dataset = stream(shards["parquet"], transform, training=False)
+    plain = [item["captions"][0] for item in dataset]
+    assert plain == [f"caption {n}" for start in range(NUM_SHARDS) for n in shard_rows(start)]
+    over_workers = DataLoader(dataset, batch_size=None, num_workers=2)
+    assert sorted(item["captions"][0] for item in over_workers) == sorted(plain)
+
+
+def shard_rows(index: int) -> list[int]:
+    return Dataset.from_dict({"n": range(NUM_ROWS)}).shard(NUM_SHARDS, index)["n"][:]
+
+
+def test_a_row_of_a_tar_shard_is_named_by_its_file(shards, transform):
+    item = next(iter(stream(shards["tar"], transform)))
+    assert re.fullmatch(r"\d of .*\d\.tar", item["where"])
+    item = next(iter(stream(shards["parquet"], transform)))
+    assert item["where"] == "row 0 of worker 0 of process 0 in pass 0"
+
+
+# Rows of no use
 
 
 def test_a_broken_row_is_an_error_item_and_the_next_is_read(tmp_path, transform):
@@ -400,6 +545,23 @@ def test_evaluation_gives_all_captions_and_training_one_of_them(transform):
     chosen = [item["captions"] for item in pairs(dataset, transform, training=True)]
     assert {len(captions) for captions in chosen} == {1}
     assert {captions[0] for captions in chosen} == {"one", "two", "three"}
+
+
+def test_the_caption_policy_changes_captions_and_nothing_else(transform, tokenizer):
+    dataset = image_dataset([encoded(picture(n), "PNG") for n in (0, 1)], [["one", "two", "three"], ["four"]])
+    read = {
+        policy: list(pairs(dataset, transform, True, augmentation=augmentation(32), caption_policy=policy))
+        for policy in ("first", "random", "all")
+    }
+    assert [item["captions"] for item in read["first"]] == [["one"], ["four"]]
+    assert [item["captions"] for item in read["all"]] == [["one", "two", "three"], ["four"]]
+    for policy, items in read.items():
+        for ours, theirs in zip(items, read["random"], strict=True):
+            assert torch.equal(ours["pixel_values"], theirs["pixel_values"]), policy
+    assert pairs(dataset, transform, caption_policy="first")[0]["captions"] == ["one", "two", "three"]  # evaluation
+    batch = PairCollator(tokenizer, 8)(read["all"])  # an image comes once for each of its captions
+    assert len(batch["input_ids"]) == len(batch["pixel_values"]) == len(batch["names"]) == 4
+    assert len(set(batch["image_ids"][:3].tolist())) == 1 and batch["image_ids"][3] != batch["image_ids"][0]
 
 
 # Batches
@@ -488,9 +650,29 @@ def test_budget_forgives_one_row_of_a_small_data_set_unless_it_is_0():
 
 def test_budget_of_a_stream_is_judged_once_enough_was_seen():
     budget = SkipBudget(0.01, num_samples=None)
-    budget.add([f"row {n}: empty" for n in range(50)], seen=999)
-    with pytest.raises(ValueError, match="Skipped 50 of 1000"):
-        budget.add([], seen=1)
+    for _ in range(4):  # passes
+        budget.add([f"row {n}: empty" for n in range(50)], seen=249)  # the same rows in each pass count each time
+    assert budget.num_skipped == 200
+    with pytest.raises(ValueError, match="Skipped 200 of 1000"):
+        budget.add([], seen=4)
+
+
+def test_what_processes_skipped_adds_up_to_the_same_everywhere(monkeypatch):
+    """Three processes in lock step, whose exchange is played by a list."""
+    for size, expected in ((1000, 5), (None, 7)):
+        budgets = [SkipBudget(0.5, num_samples=size) for _ in range(3)]
+        for step in range(2):
+            for rank, budget in enumerate(budgets):
+                rows = [f"row {rank}: empty"] + ([f"row {10 + rank}: empty"] if step and rank else [])
+                budget.add(rows if step == 0 or rank else [], seen=100)
+            added = [budget._unshared for budget in budgets]
+            monkeypatch.setattr("modeling_mlip.training.data.gather_object", lambda here, added=added: added)
+            for rank, budget in enumerate(budgets):
+                process = SimpleNamespace(process_index=rank)
+                monkeypatch.setattr("modeling_mlip.training.data.PartialState", lambda process=process: process)
+                budget.share()
+        assert {budget.num_skipped for budget in budgets} == {expected}
+        assert {budget.seen for budget in budgets} == {600}
 
 
 def test_budget_resumes():

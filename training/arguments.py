@@ -5,6 +5,7 @@ What changes the mathematics lives in `MLIPConfig`; every key of it is a flag of
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
@@ -57,6 +58,13 @@ class DataArguments:
     )
     caption_column: str | None = field(
         default=None, metadata={"help": "The column of captions (a string or a list); found by its usual names."}
+    )
+    caption_policy: Literal["first", "random", "all"] = field(
+        default="random",
+        metadata={
+            "help": "Of several captions of an image, training takes the first, one at random in each epoch, or all, "
+            "each a pair of its own. Evaluation takes all."
+        },
     )
     max_seq_length: int | None = field(
         default=None,

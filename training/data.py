@@ -2,10 +2,11 @@
 """Image-caption pairs, from where they lie to a batch.
 
 In the order of a run: `load_pairs` reads the source that the flags name and `find_columns` its columns; `PairDataset`
-(or `StreamedPairDataset`) decodes one image and picks a caption; a collator makes the batch; `SkipBudget` stops the run
-when too many images or captions were of no use.
+(or `StreamedPairDataset`, dealt out by `split_by_process`) decodes one image and picks a caption; a collator makes the
+batch; `SkipBudget` stops the run when too many images or captions were of no use.
 """
 
+import copy
 import glob
 import hashlib
 import io
@@ -20,7 +21,10 @@ import datasets
 import fsspec
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
 from transformers import CLIPImageProcessor, CLIPTokenizer
@@ -49,6 +53,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tar": ("webdataset", {}),
 }
 SHUFFLE_BUFFER = 1000  # pairs of a stream, still encoded
+FAIR_SHARDS = 16  # shards of each process from which on one more or less makes no difference
 
 
 # 1. Sources
@@ -356,9 +361,9 @@ def augmentation(image_size: int) -> Augmentation:
 class _Pairs:
     """Makes the item of one row, for the two data sets below.
 
-    An item is {"pixel_values": float (3, H, W), "captions": list of str, "image_id": str, "where": str}: one caption at
-    random in training, all in evaluation; equal ids are equal images. A row of no use is {"where": str, "error": str}
-    instead.
+    An item is {"pixel_values": float (3, H, W), "captions": list of str, "image_id": str, "where": str}: in training
+    the captions that the policy takes ("first", one at "random", or "all"), all in evaluation; equal ids are equal
+    images. A row of no use is {"where": str, "error": str} instead.
     """
 
     def __init__(
@@ -370,6 +375,7 @@ class _Pairs:
         training: bool,
         seed: int,
         augmentation: Callable[[Image.Image], Any] | None = None,
+        caption_policy: str = "random",
     ):
         self.dataset = undecoded(dataset)
         self.image_column = image_column
@@ -378,12 +384,13 @@ class _Pairs:
         self.training = training
         self.seed = seed
         self.augmentation = augmentation
+        self.caption_policy = caption_policy
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
 
     def set_epoch(self, epoch: int):
         self._epoch.fill_(epoch)
 
-    def item(self, row: dict[str, Any], where: str, key: str | None = None) -> dict[str, Any]:
+    def item(self, row: dict[str, Any], where: str, epoch: int, key: str | None = None) -> dict[str, Any]:
         """The item of a row that lies `where`; its random choices follow from the seed, the epoch and the key, which is
         the image's id if not given."""
         value = row[self.image_column]
@@ -401,8 +408,9 @@ class _Pairs:
         if self.training:
             # The CPU generator alone: torch.manual_seed would reset the model's dropout on an accelerator as well.
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(stable_hash(f"{self.seed} {int(self._epoch)} {key or image_id}"))
-                captions = [captions[int(torch.randint(len(captions), ()))]]
+                torch.default_generator.manual_seed(stable_hash(f"{self.seed} {epoch} {key or image_id}"))
+                chosen = int(torch.randint(len(captions), ()))
+                captions = {"first": captions[:1], "random": [captions[chosen]], "all": captions}[self.caption_policy]
                 if self.augmentation is not None:
                     image = self.augmentation(image)
         return {"pixel_values": self.transform(image), "captions": captions, "image_id": image_id, "where": where}
@@ -415,26 +423,88 @@ class PairDataset(_Pairs, torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.item(self.dataset[index], where=f"row {index}", key=str(index))
+        return self.item(self.dataset[index], where=f"row {index}", epoch=int(self._epoch), key=str(index))
+
+
+def split_by_process(dataset: IterableDataset, rank: int, world_size: int) -> IterableDataset:
+    """The share of one of `world_size` processes: no row belongs to two, every row to one.
+
+    Whole shards where they can be dealt out evenly or are many; otherwise every `world_size`-th row of all shards,
+    which every process then reads, though decodes only its own.
+    """
+    shards = dataset.num_shards
+    whole = shards % world_size == 0 or shards >= FAIR_SHARDS * world_size
+    return split_dataset_by_node(dataset, rank, world_size, strategy="shards" if whole else "examples")
 
 
 class StreamedPairDataset(_Pairs, torch.utils.data.IterableDataset):
-    """Items of a stream, its shards spread over the dataloader's workers; shuffled in training."""
+    """Items of a stream, its shards spread over the processes and over the dataloader's workers.
+
+    In evaluation it is one pass in order. In training it is pass after pass without an end, so that every process
+    always has a next batch, whatever it was dealt: the run needs a number of steps. Each pass shuffles the shards, who
+    reads them, and a buffer of rows; it shows every row once. Who was dealt fewer rows begins his next pass earlier.
+
+    An item of training says as "position": (worker, pass, rows of the pass read) where its reader stands.
+    """
 
     def __init__(self, dataset: IterableDataset, *args: Any, **kwargs: Any):
         super().__init__(dataset, *args, **kwargs)
-        if self.training:
-            self.dataset = self.dataset.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
+        self.process = 0
+        self._skipped_batches, self._batch_size = 0, 1
+        self._positions: dict[int, tuple[int, int]] = {}
 
-    def set_epoch(self, epoch: int):
-        super().set_epoch(epoch)
-        self.dataset.set_epoch(epoch)
+    @property
+    def num_shards(self) -> int:
+        """How many workers find something to read."""
+        return self.dataset.num_shards
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        reader = f"of worker {worker.id if worker else 0} in epoch {int(self._epoch)}"
-        for count, row in enumerate(self.dataset):
-            yield self.item(row, where=f"row {count} {reader}")
+    def for_process(self, rank: int, world_size: int) -> "StreamedPairDataset":
+        """The share of one process."""
+        share = copy.copy(self)
+        share.dataset = split_by_process(self.dataset, rank, world_size)
+        share.process = rank
+        return share
+
+    def resume(self, positions: dict[int, tuple[int, int]], batches: int, batch_size: int) -> None:
+        """Go on where the workers stood after so many batches: worker -> (pass, rows of the pass read).
+
+        The next iteration begins with as many batches of `None`: who skips the batches of a run that he resumes then
+        skips what costs nothing. Rows that were read are passed over still encoded, back to the start of their pass.
+        """
+        self._positions, self._skipped_batches, self._batch_size = dict(positions), batches, batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        info = torch.utils.data.get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        if not self.training:
+            for count, row in enumerate(self.dataset):
+                yield self.item(row, _where(row, f"row {count} of worker {worker}"), epoch=0)
+            return
+        # Workers take turns, a batch each.
+        yield from itertools.repeat(None, len(range(worker, self._skipped_batches, num_workers)) * self._batch_size)
+        first, start = self._positions.get(worker, (int(self._epoch), 0))
+        for number in itertools.count(first):
+            reader = f"of worker {worker} of process {self.process} in pass {number}"
+            # The seed changes rather than the epoch of the data set, which workers share while one is ahead of another.
+            # One shard after another: datasets reads several in threads, and then ends each pass with a pause of 5 s.
+            seed = abs(stable_hash(f"{self.seed} {number}"))
+            rows = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
+            count = 0
+            for count, row in enumerate(rows, start=1):
+                if count > start:
+                    item = self.item(row, _where(row, f"row {count - 1} {reader}"), epoch=number)
+                    yield {**item, "position": (worker, number, count)}
+            if count == 0:
+                raise ValueError(
+                    f"Nothing to read for worker {worker} of process {self.process}: the stream has fewer rows than "
+                    "readers, or its shards are empty; use fewer of --dataloader_num_workers and processes."
+                )
+            start = 0
+
+
+def _where(row: dict[str, Any], place: str) -> str:
+    """Where a row of a stream lies: in a tar shard its name there, which later passes find again."""
+    return f"{row['__key__']} of {row['__url__']}" if row.get("__url__") else place
 
 
 def one_line(error: BaseException) -> str:
@@ -465,11 +535,12 @@ def tokenize(
 
 @dataclass
 class PairCollator:
-    """Items to a batch of B images and T captions (in training T = B, one each).
+    """Items to a batch of B images and T captions (in training B = T pairs: an image comes once for each caption).
 
     pixel_values float (B, 3, H, W); input_ids, attention_mask int64 (T, L); image_ids int64 (B,), equal for equal
     images; names, a list that says where each image lies; skipped, a list of "where: why" of the rows of no use;
-    num_truncated, an int.
+    num_truncated, an int; of a stream also position, {worker: (pass, rows read)} of the one that read the batch. A
+    batch that a stream skips is empty.
     """
 
     tokenizer: CLIPTokenizer
@@ -480,6 +551,9 @@ class PairCollator:
             raise ValueError(f"max_seq_length={self.max_seq_length}: choose at least 3 (BOS, one token, EOS).")
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        if items[0] is None:
+            return {}
+        position = items[-1].get("position")
         skipped = [f"{item['where']}: {item['error']}" for item in items if "error" in item]
         items = [item for item in items if "error" not in item]
         if not items:
@@ -487,6 +561,7 @@ class PairCollator:
                 f"Not one pair of a whole batch can be used: {'; '.join(skipped[:5])}. Repair or remove them."
             )
         captions = [caption for item in items for caption in item["captions"]]
+        items = self.rows(items)
         input_ids, attention_mask, num_truncated = tokenize(self.tokenizer, captions, self.max_seq_length)
         return {
             "pixel_values": torch.stack([item["pixel_values"] for item in items]),
@@ -496,7 +571,12 @@ class PairCollator:
             "names": [item["where"] for item in items],
             "skipped": skipped,
             "num_truncated": num_truncated,
+            **({"position": {position[0]: position[1:]}} if position else {}),
         }
+
+    def rows(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The item of each image of the batch."""
+        return [item for item in items for _ in item["captions"]]
 
 
 class EvaluationCollator(PairCollator):
@@ -513,41 +593,70 @@ class EvaluationCollator(PairCollator):
             batch = super().__call__(items)
         return {**batch, "kept": kept, "caption_image": torch.repeat_interleave(torch.arange(len(counts)), counts)}
 
+    def rows(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return items
+
 
 class SkipBudget:
     """Counts the rows of no use and stops the run when they are more than a share `budget` of the data set.
 
-    A stream has no length: there the share is of the rows seen, judged once `WARM_UP` were. One row is always forgiven,
-    unless the budget is 0.
+    A row counts once, in however many epochs it comes. A stream has no length: there the share is of the rows seen,
+    judged once `WARM_UP` were, and a row counts each time it comes. One row is always forgiven, unless the budget is 0.
+    Each process judges what it knows; `share` makes all of them know what all have counted.
     """
 
     WARM_UP = 1000
+    LISTED = 100  # rows of a stream that are remembered
 
     def __init__(self, budget: float, num_samples: int | None):
         self.budget = budget
         self.num_samples = num_samples
-        self.skipped: dict[str, str] = {}  # where -> "where: why", so that a second epoch counts nothing twice
         self.seen = 0
+        self._count = 0
+        self._rows: dict[str, str] = {}  # where -> "where: why"
+        self._unshared: list[tuple[list[str], int]] = []
 
-    def add(self, skipped: list[str], seen: int):
+    @property
+    def num_skipped(self) -> int:
+        return self._count if self.num_samples is None else len(self._rows)
+
+    def add(self, skipped: list[str], seen: int) -> None:
         """Count what one batch skipped of the `seen` rows that it was made from."""
+        self._count_in(skipped, seen)
+        self._unshared.append((skipped, seen))
+        self._judge()
+
+    def share(self) -> None:
+        """Count what the other processes have added since the last time; to be called by all of them."""
+        here, self._unshared = self._unshared, []
+        mine = PartialState().process_index
+        for process, added in enumerate(gather_object([here])):
+            if process != mine:
+                for skipped, seen in added:
+                    self._count_in(skipped, seen)
+        self._judge()
+
+    def _count_in(self, skipped: list[str], seen: int) -> None:
         self.seen += seen
-        self.skipped |= {entry.split(": ")[0]: entry for entry in skipped}
-        total = self.num_samples
-        if total is None:
-            if self.seen < self.WARM_UP:
-                return
-            total = self.seen
+        self._count += len(skipped)
+        if self.num_samples is None:
+            skipped = skipped[: self.LISTED - len(self._rows)]
+        self._rows |= {entry.split(": ")[0]: entry for entry in skipped}
+
+    def _judge(self) -> None:
+        total = self.seen if self.num_samples is None else self.num_samples
+        if self.num_samples is None and self.seen < self.WARM_UP:
+            return
         allowed = max(int(self.budget * total), 1 if self.budget > 0 else 0)
-        if len(self.skipped) > allowed:
+        if self.num_skipped > allowed:
             raise ValueError(
-                f"Skipped {len(self.skipped)} of {total} pairs, and the budget of {self.budget:g} allows {allowed}: "
-                f"{'; '.join(list(self.skipped.values())[:5])}. Repair or remove them, or raise --skip_budget."
+                f"Skipped {self.num_skipped} of {total} pairs, and the budget of {self.budget:g} allows {allowed}: "
+                f"{'; '.join(list(self._rows.values())[:5])}. Repair or remove them, or raise --skip_budget."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": list(self.skipped.values()), "seen": self.seen}
+        return {"skipped": list(self._rows.values()), "count": self._count, "seen": self.seen}
 
-    def load_state_dict(self, state: dict[str, Any]):
-        self.skipped = {entry.split(": ")[0]: entry for entry in state["skipped"]}
-        self.seen = state["seen"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rows = {entry.split(": ")[0]: entry for entry in state["skipped"]}
+        self._count, self.seen = state["count"], state["seen"]

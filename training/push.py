@@ -10,18 +10,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from . import reload
+from .hub import hub_errors
 from .loading import load_saved
 
 # What a run needs to go on and no reader of the model does; the pickles among it never leave this machine.
@@ -120,23 +118,6 @@ def push(folder: str, repo: str, private: bool = False, commit_message: str | No
         return api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message=commit_message, ignore_patterns=[*LEFT_HERE]
         ).repo_url.url
-
-
-@contextmanager
-def hub_errors(
-    what: str, again: str = "Run the same command again: what has arrived is not sent twice."
-) -> Iterator[None]:
-    """Turns what a connection raises into an OSError: `what` failed, why, and the next step."""
-    try:
-        yield
-    except (HTTPError, RuntimeError) as error:  # huggingface_hub wraps what stops an upload in a RuntimeError
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, HTTPError):
-            raise
-        response = getattr(cause, "response", None)
-        if response is not None and response.status_code in (401, 403):
-            again = "Log in with 'hf auth login', with a token that may write there."
-        raise OSError(f"{what}: {' '.join(str(cause).split())} {again}") from error
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from .data import (
     load_pairs,
     read_captions,
 )
+from .hub import hub_errors
 from .loading import load_pretrained
-from .push import hub_errors
 from .report import format_table, plot_learning_curves, write_model_card
 from .tokenizer import train_tokenizer
 from .trainer import MLIPTrainer
@@ -143,14 +143,25 @@ def build_datasets(
             training=training,
             seed=seed,
             augmentation=augmentation(image_size) if training and data_args.augment else None,
+            caption_policy=data_args.caption_policy,
         )
     return built
+
+
+def checkpoint_to_resume(training_args: MLIPTrainingArguments) -> str | None:
+    """The checkpoint that the flag names; "true" is the last one of `output_dir`, or none if there is none yet, so that
+    one command starts a run and restarts it."""
+    given = training_args.resume_from_checkpoint
+    if given is None or given.lower() != "true":
+        return given
+    folder = training_args.output_dir
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
 def check_output(training_args: MLIPTrainingArguments) -> None:
     """Refuses to write over a finished or interrupted run."""
     folder = Path(training_args.output_dir)
-    resuming = training_args.resume_from_checkpoint is not None
+    resuming = checkpoint_to_resume(training_args) is not None
     if folder.is_dir() and not resuming and training_args.do_train:
         last = get_last_checkpoint(str(folder))
         if last is not None or (folder / "config.json").exists():
@@ -176,6 +187,8 @@ def train(
     pairs = load_pairs(data_args)
     if "train" not in pairs:
         raise ValueError("The data has no split to train on; give one as --train_file.")
+    if data_args.streaming and training_args.max_steps <= 0:
+        raise ValueError("A stream has no end that is known before; say how long to train with --max_steps.")
     processor = build_processor(model_args, data_args, config, pairs)
     model = build_model(model_args, config, processor.tokenizer)
     datasets = build_datasets(pairs, data_args, processor, training_args.seed)
@@ -191,7 +204,7 @@ def train(
             processor=processor,
             max_seq_length=data_args.max_seq_length,
         )
-    result = trainer.train(resume_from_checkpoint=_checkpoint(training_args))
+    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     metrics = dict(result.metrics)
     if "validation" in datasets:
         metrics |= trainer.evaluate()
@@ -240,11 +253,6 @@ def sweep_merge_ratios(trainer: MLIPTrainer) -> list[dict[str, float]]:
     return rows
 
 
-def _checkpoint(training_args: MLIPTrainingArguments) -> str | bool | None:
-    given = training_args.resume_from_checkpoint
-    return given if given is None or given.lower() != "true" else True
-
-
 def describe_run(args: MLIPTrainingArguments, trainer: MLIPTrainer, metrics: dict[str, float]) -> dict[str, Any]:
     """The settings that a reader of the model card asks for."""
     return {
@@ -257,7 +265,7 @@ def describe_run(args: MLIPTrainingArguments, trainer: MLIPTrainer, metrics: dic
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "seed": args.seed,
         "minutes": round(metrics["train_runtime"] / 60, 1),
-        "skipped samples": len(trainer.skip_budget.skipped),
+        "skipped samples": trainer.skip_budget.num_skipped,
         "skipped steps": trainer.guard.skipped_steps,
         "truncated captions": trainer.num_truncated,
     }

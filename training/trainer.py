@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPProcessor, Trainer, TrainerCallback
+from transformers import CLIPProcessor, TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -23,6 +23,7 @@ from modeling_mlip import MLIPModel
 from modeling_mlip.losses import MAX_LOGIT_SCALE, PairEmbeddings
 
 from .arguments import MLIPTrainingArguments
+from .checkpoint import InterruptibleTrainer
 from .data import EvaluationCollator, PairCollator, SkipBudget
 from .distributed import gather_columns, gather_numbers, num_processes, row_share
 from .guard import StepGuard
@@ -46,7 +47,7 @@ class CodeFiles(TrainerCallback):
             custom_object_save(model, args.output_dir)
 
 
-class MLIPTrainer(Trainer):
+class MLIPTrainer(InterruptibleTrainer):
     """Trains an `MLIPModel` on image-caption pairs.
 
     Args:
@@ -280,11 +281,11 @@ class MLIPTrainer(Trainer):
         # Step (2): temperatures
         logs |= {name: scale.item() for name, scale in model.logit_scales().items()}
         # Step (3): pairs
-        counts = [self._num_pairs, len(self.skip_budget.skipped), self.num_truncated]
-        by_process = gather_numbers(*counts, device=self.args.device)
-        num_pairs, skipped, truncated = (float(sum(numbers)) for numbers in zip(*by_process, strict=True))
+        by_process = gather_numbers(self._num_pairs, self.num_truncated, device=self.args.device)
+        num_pairs, truncated = (float(sum(numbers)) for numbers in zip(*by_process, strict=True))
+        self.skip_budget.share()
         logs["images_per_second"] = num_pairs / (time.perf_counter() - self._since)
-        logs |= {"skipped_samples": skipped, "truncated_captions": truncated}
+        logs |= {"skipped_samples": float(self.skip_budget.num_skipped), "truncated_captions": truncated}
         logs["skipped_steps"] = float(self.guard.skipped_steps)
         # Step (4): patch tokens after each layer of the vision tower
         height, width = self._image_size
