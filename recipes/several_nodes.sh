@@ -1,0 +1,16 @@
+#!/bin/sh
+# YFCC15M (14.8 million pairs, about 1,480 webdataset shards) on four machines of eight GPUs, ViT-B/16, half of the patch
+# tokens merged away. 32 epochs of batches of 8,192 = 32 x 256. Start it on each machine:
+#   HEAD=10.0.0.1 NODES=4 recipes/several_nodes.sh
+# runs/ and the shards are on a disk that all machines share; without one, add --save_on_each_node.
+# The same command starts the run and goes on with it. Estimated cost: docs/training.md.
+SHARDS=${SHARDS:-yfcc15m}
+torchrun --nnodes "${NODES:-4}" --nproc_per_node 8 --rdzv_backend c10d --rdzv_id yfcc15m \
+    --rdzv_endpoint "${HEAD:-localhost}:29500" -m modeling_mlip.training.command train \
+    --config_name vit-b-16 --merge_ratio 0.5 --tokenizer_name openai/clip-vit-base-patch32 \
+    --train_file "$SHARDS/*.tar" --streaming --image_column jpg --caption_column txt \
+    --dataloader_num_workers 8 --max_steps 57813 \
+    --per_device_train_batch_size 256 --mini_batch_size 256 --bf16 \
+    --learning_rate 5e-4 --warmup_steps 2000 --weight_decay 0.2 --max_grad_norm 1 \
+    --save_steps 1000 --save_total_limit 2 --logging_steps 50 \
+    --output_dir runs/yfcc15m-b16 --resume_from_checkpoint true "$@"
