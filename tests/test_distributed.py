@@ -280,6 +280,23 @@ def test_one_mini_batch_is_the_plain_step_dropout_included():
     assert largest_difference(*gradients) < 1e-12
 
 
+def test_mini_batches_take_bfloat16_and_a_frozen_tower():
+    gradients = []
+    for size in (None, 4):
+        AcceleratorState._reset_state()
+        model = make_model().float()
+        model.text_model.requires_grad_(False)
+        model.logit_scale.requires_grad_(False)
+        batch = make_batch(duplicates=True)
+        batch["pixel_values"] = batch["pixel_values"].float()
+        accumulate(make_trainer(model, mini_batch_size=size, bf16=True), [batch])
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    AcceleratorState._reset_state()
+    plain, split = (torch.cat([gradient.flatten() for gradient in found.values()]) for found in gradients)
+    assert torch.nn.functional.cosine_similarity(plain, split, dim=0) > 0.999
+    torch.testing.assert_close(split.norm(), plain.norm(), rtol=0.01, atol=0)
+
+
 def test_a_random_state_replays_and_leaves_no_trace():
     state = RandomState(torch.zeros(1))
     first, then = torch.rand(2), torch.get_rng_state()

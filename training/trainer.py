@@ -101,7 +101,8 @@ class MLIPTrainer(InterruptibleTrainer):
             self.skip_budget = SkipBudget(args.skip_budget, size)
         self.num_truncated = 0
         self.guard = StepGuard(args.max_nonfinite_steps)
-        self._reset_notes()
+        self._since = 0.0
+        self._clear_notes()
         self._fit_parallel_wrappers()
 
     def _fit_parallel_wrappers(self) -> None:
@@ -131,7 +132,7 @@ class MLIPTrainer(InterruptibleTrainer):
         else:
             loss = self._mini_batch_step(model, inputs, mini_batch_size)
         if self.is_fsdp_enabled and self.accelerator.sync_gradients:
-            for scale in self.accelerator.unwrap_model(model).logit_scales().values():
+            for scale in self._trained_temperatures(model):
                 dist.all_reduce(scale.grad.div_(num_processes()))
         return loss
 
@@ -168,13 +169,14 @@ class MLIPTrainer(InterruptibleTrainer):
         del parts
         # Step (2): the loss of the batch, and its gradient for every embedding and temperature
         embedded = [tensor.requires_grad_() for tensor in embeddings(pairs)]
-        temperatures = list(self.accelerator.unwrap_model(model).logit_scales().values())
+        temperatures = self._trained_temperatures(model)
         loss = self._losses(model, pairs, names)["loss"] / self.current_gradient_accumulation_steps
         scaler = self.accelerator.scaler
-        gradients = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), embedded + temperatures)
+        gradients = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), [*embedded, *temperatures])
         sizes = [len(mini_batch["input_ids"]) for mini_batch in mini_batches]
-        gradient_parts = [gradient.split(sizes) for gradient in gradients[: len(embedded)]]
-        del pairs, embedded
+        by_mini_batch = list(zip(*(gradient.split(sizes) for gradient in gradients[: len(embedded)]), strict=True))
+        of_temperatures = list(zip(temperatures, gradients[len(embedded) :], strict=True))
+        del pairs, embedded, gradients
         # Step (3): the embeddings again, with a graph, and their gradients on to the weights
         for i, (mini_batch, random_state) in enumerate(zip(mini_batches, random_states, strict=True)):
             is_last = i == len(mini_batches) - 1
@@ -182,12 +184,10 @@ class MLIPTrainer(InterruptibleTrainer):
             with nullcontext() if exchanges else self.accelerator.no_sync(model):
                 with random_state.replayed():
                     roots = embeddings(model(**mini_batch, return_pairs=True).pairs)
-                root_gradients = [parts[i] for parts in gradient_parts]
-                if (
-                    is_last
-                ):  # DDP waits for the gradients of all parameters in the one backward pass that exchanges them
-                    roots, root_gradients = roots + temperatures, root_gradients + list(gradients[-len(temperatures) :])
-                torch.autograd.backward(roots, root_gradients)
+                # DDP waits for the gradients of all parameters in the one backward pass that exchanges them.
+                pulled = [*zip(roots, by_mini_batch[i], strict=True), *(of_temperatures if is_last else [])]
+                tensors, pulls = zip(*(pair for pair in pulled if pair[0].requires_grad), strict=True)
+                torch.autograd.backward(tensors, pulls)
         return loss.detach()
 
     def _unpack(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -196,6 +196,7 @@ class MLIPTrainer(InterruptibleTrainer):
         skipped, names = inputs.pop("skipped"), inputs.pop("names")
         self.num_truncated += inputs.pop("num_truncated")
         self.skip_budget.add(skipped, seen=len(names) + len(skipped))
+        self._since = self._since or time.perf_counter()
         self._num_pairs += len(names)
         self._image_size = inputs["pixel_values"].shape[-2:]
         return inputs, names
@@ -211,6 +212,10 @@ class MLIPTrainer(InterruptibleTrainer):
         self.guard.watch(losses["loss"], names, pairs)
         self._note_losses(losses)
         return losses
+
+    def _trained_temperatures(self, model: nn.Module) -> list[nn.Parameter]:
+        scales = self.accelerator.unwrap_model(model).logit_scales().values()
+        return [scale for scale in scales if scale.requires_grad]
 
     def _clamp_temperatures(self, model: nn.Module) -> None:
         # The optimizer may have moved a temperature beyond its clamp, where it has no gradient to come back by.
@@ -252,10 +257,9 @@ class MLIPTrainer(InterruptibleTrainer):
 
     # Logs
 
-    def _reset_notes(self) -> None:
+    def _clear_notes(self) -> None:
         self._part_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._num_pairs = 0
-        self._since = time.perf_counter()
 
     def _note_losses(self, losses: dict[str, torch.Tensor]) -> None:
         finite = losses["loss"].detach().isfinite()
@@ -268,7 +272,8 @@ class MLIPTrainer(InterruptibleTrainer):
         """Adds loss parts, temperatures, speed, numbers of tokens and what was skipped to the logs of training."""
         if "loss" in logs and self._num_pairs:
             logs.update(self._notes())
-            self._reset_notes()
+            self._clear_notes()
+            self._since = time.perf_counter()
         super().log(logs, start_time)
 
     def _notes(self) -> dict[str, float]:
