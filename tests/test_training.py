@@ -71,6 +71,31 @@ def make_trainer(tmp_path, drawn, model=None, rows=None, **arguments) -> MLIPTra
     return MLIPTrainer(model, args, train_dataset=pairs[0], eval_dataset=pairs[1], processor=processor)
 
 
+# The merge ratio on its way
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+def test_the_merge_ratio_moves_in_a_line_from_the_first_step_to_the_last(tmp_path, drawn, mini_batch_size):
+    trainer = make_trainer(
+        tmp_path, drawn, max_steps=4, start_merge_ratio=0.75, save_steps=2, mini_batch_size=mini_batch_size
+    )
+    trainer.model.set_merge_ratio(0.25)
+    seen = []
+    tower = trainer.model.vision_model
+    tower.register_forward_hook(lambda module, args, output: seen.append(output.token_sizes.shape[1]))
+    trainer.train()
+    passes = 1 if mini_batch_size is None else 6  # three mini-batches of 8 pairs, without and with gradients
+    assert seen[::passes] == [4, 7, 9, 12]  # of 16 patches
+    assert len(seen) == 4 * passes
+    assert trainer.model.config.merge_ratio == 0.25
+    assert json.load(open(tmp_path / "checkpoint-2" / "config.json"))["vision_config"]["merge_ratio"] == 0.25
+
+
+def test_a_start_merge_ratio_that_leaves_no_token_is_refused(tmp_path, drawn):
+    with pytest.raises(ValueError, match="start_merge_ratio=0.99: .*choose at most"):
+        make_trainer(tmp_path, drawn, start_merge_ratio=0.99)
+
+
 # What a run leaves
 
 

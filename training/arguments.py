@@ -101,6 +101,14 @@ class MLIPTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "After training, evaluate at merge ratios 0, 0.3, 0.5 and 0.7 too, for the model card."},
     )
+    start_merge_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of patch tokens merged away in the first step; it moves in a straight line to the model's "
+            "--merge_ratio with the last. A high one, such as 0.9, makes early steps cheap. Evaluation and what is "
+            "saved keep --merge_ratio."
+        },
+    )
     mini_batch_size: int | None = field(
         default=None,
         metadata={

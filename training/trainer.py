@@ -7,12 +7,14 @@ trainer.train()
 
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPProcessor, TrainerCallback
@@ -24,6 +26,7 @@ from modeling_mlip.losses import MAX_LOGIT_SCALE, PairEmbeddings
 
 from .arguments import MLIPTrainingArguments
 from .checkpoint import InterruptibleTrainer
+from .configs import error_line
 from .data import EvaluationCollator, PairCollator, SkipBudget
 from .distributed import gather_columns, gather_numbers, num_processes, row_share
 from .guard import StepGuard
@@ -59,8 +62,9 @@ class MLIPTrainer(InterruptibleTrainer):
         max_seq_length: longest caption in tokens; the text tower's context if not given.
 
     Raises:
-        ValueError: if one contrastive batch is a single pair; while training, if too many samples are broken, or the
-            loss or its gradient is not finite in too many steps in a row.
+        ValueError: if one contrastive batch is a single pair, or the model cannot start at `start_merge_ratio`; while
+            training, if too many samples are broken, or the loss or its gradient is not finite in too many steps in a
+            row.
     """
 
     def __init__(
@@ -78,6 +82,13 @@ class MLIPTrainer(InterruptibleTrainer):
                 f"per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} device(s) is one "
                 "pair, and a contrastive loss needs others to compare it with; choose 2 or more."
             )
+        if args.start_merge_ratio is not None:
+            merge_ratio = model.config.merge_ratio
+            try:
+                model.set_merge_ratio(args.start_merge_ratio)
+            except StrictDataclassError as error:
+                raise ValueError(f"start_merge_ratio={args.start_merge_ratio}: {error_line(error)}") from error
+            model.set_merge_ratio(merge_ratio)
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process drives {args.n_gpu} GPUs, so each would see its own share of the batch as its only "
@@ -127,14 +138,28 @@ class MLIPTrainer(InterruptibleTrainer):
         """Forward and backward pass of one batch of this process, in one pass or in mini-batches."""
         self._clamp_temperatures(model)
         mini_batch_size = self.args.mini_batch_size
-        if mini_batch_size is None or mini_batch_size >= self.args.per_device_train_batch_size:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            loss = self._mini_batch_step(model, inputs, mini_batch_size)
+        with self._merge_ratio_of_the_step():
+            if mini_batch_size is None or mini_batch_size >= self.args.per_device_train_batch_size:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            else:
+                loss = self._mini_batch_step(model, inputs, mini_batch_size)
         if self.is_fsdp_enabled and self.accelerator.sync_gradients:
             for scale in self._trained_temperatures(model):
                 dist.all_reduce(scale.grad.div_(num_processes()))
         return loss
+
+    @contextmanager
+    def _merge_ratio_of_the_step(self) -> Iterator[None]:
+        """The merge ratio on its way from `start_merge_ratio` to the model's own, which comes back afterwards."""
+        start, own = self.args.start_merge_ratio, self.model.config.merge_ratio
+        if start is not None:
+            done = self.state.global_step / max(self.state.max_steps - 1, 1)
+            self.model.set_merge_ratio(start + (own - start) * done)
+        try:
+            yield
+        finally:
+            if start is not None:
+                self.model.set_merge_ratio(own)
 
     def compute_loss(
         self,
