@@ -63,6 +63,7 @@ def main() -> None:
         for number in range(flags.rounds):
             kind = KINDS[number % len(KINDS)]
             if kind not in expected:
+                (root / "undisturbed.moments").unlink(missing_ok=True)
                 run(root, kind, "undisturbed", list_moments=True)
                 moments = (root / "undisturbed.moments").read_text().splitlines()
                 expected[kind] = ending(root / "undisturbed"), moments

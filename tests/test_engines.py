@@ -17,13 +17,14 @@ from test_interruption import ROOT, command, root  # noqa: F401
 from transformers import AutoModel
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from modeling_mlip.training import MLIPTrainingArguments
+from modeling_mlip.training import MLIPTrainer, MLIPTrainingArguments
 from modeling_mlip.training.train import build_config, parse_arguments
 
 RECIPES = ROOT / "recipes"
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PROGRAMS = {
     "DDP, streamed": ["-m", "modeling_mlip.training.command"],
+    "FSDP2": [str(ROOT / "tests" / "fsdp_on_cpu.py")],
 }
 
 
@@ -49,6 +50,13 @@ def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(en
     counts = [json.loads((checkpoint / f"data_state_{rank}.json").read_text())["skip_budget"] for rank in (0, 1)]
     assert counts[0] == counts[1] and counts[0]["seen"] == 24
     assert sorted(path.name for path in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+def test_fsdp_where_accelerate_would_leave_it_out_is_refused():
+    args = SimpleNamespace(fsdp=True, device=torch.device("cpu"))
+    trainer = SimpleNamespace(model=small_model(), is_fsdp_enabled=False, args=args)
+    with pytest.raises(ValueError, match="--fsdp.*does not shard on cpu"):
+        MLIPTrainer._fit_parallel_wrappers(trainer)
 
 
 # Recipes

@@ -129,6 +129,8 @@ class MLIPTrainer(InterruptibleTrainer):
             self.accelerator.state.fsdp_plugin.ignored_modules = [temperatures]
             # accelerate shards "the" input embedding apart; both towers' are in `_no_split_modules` already.
             self.model.get_input_embeddings = _no_embedding
+        elif self.args.fsdp:
+            raise ValueError(f"--fsdp: accelerate does not shard on {self.args.device.type}; leave the flag out there.")
 
     # Training
 
