@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,20 @@ from modeling_mlip.training.tokenizer import train_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 CLIP = {"frequency_layers": 0, "frequency_loss_weight": 0, "token_loss_weight": 0}
+HALF = {"merge_ratio": 0.5}
+FALLING = {"start_merge_ratio": 0.9}  # an argument of training, not a key of the configuration
 ARMS: dict[str, dict[str, Any]] = {
     "CLIP": CLIP,
-    "CLIP + ToMe": {**CLIP, "merge_ratio": 0.5, "merge_method": "tome"},
-    "ELIP": {**CLIP, "merge_ratio": 0.5, "merge_method": "elip"},
-    "MLIP": {"merge_ratio": 0.5},
-    "MLIP, no frequency": {"merge_ratio": 0.5, "frequency_layers": 0, "frequency_loss_weight": 0},
-    "MLIP, no token loss": {"merge_ratio": 0.5, "token_loss_weight": 0},
-    "MLIP, no guide": {"merge_ratio": 0.5, "merge_importance_weight": 0},
+    "CLIP + ToMe": {**CLIP, **HALF, "merge_method": "tome"},
+    "ELIP": {**CLIP, **HALF, "merge_method": "elip"},
+    "MLIP": {**HALF, **FALLING},
+    "MLIP, no frequency": {**HALF, **FALLING, "frequency_layers": 0, "frequency_loss_weight": 0},
+    "MLIP, no token loss": {**HALF, **FALLING, "token_loss_weight": 0},
+    "MLIP, no guide": {**HALF, **FALLING, "merge_importance_weight": 0},
+    "MLIP, no falling ratio": HALF,
     "MLIP, no merging": {},
-    "MLIP at 0.3": {"merge_ratio": 0.3},
-    "MLIP at 0.7": {"merge_ratio": 0.7},
+    "MLIP at 0.3": {"merge_ratio": 0.3, **FALLING},
+    "MLIP at 0.7": {"merge_ratio": 0.7, **FALLING},
 }
 INFERENCE_RATIOS = (0.0, 0.3, 0.5, 0.7)
 # Pairs per step, peak learning rate, CLIP's steps, and what augmentation does: shift in image sides, scale, colour.
@@ -115,7 +118,8 @@ def load(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_model(arm: str, tokenizer: Any) -> MLIPModel:
-    config = override_config(named_config("tiny"), ARMS[arm])
+    overrides = {name: value for name, value in ARMS[arm].items() if name != "start_merge_ratio"}
+    config = override_config(named_config("tiny"), overrides)
     text = config.text_config.to_dict() | {
         name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
@@ -124,7 +128,10 @@ def build_model(arm: str, tokenizer: Any) -> MLIPModel:
 
 
 def calibrate(flags: argparse.Namespace) -> dict[str, float]:
-    """CPU seconds of a training step of each arm: the median of rounds in which all arms take turns."""
+    """CPU seconds of a training step of each arm: the median of rounds in which all arms take turns.
+
+    Of an arm whose merge ratio falls, the mean over three points of its way.
+    """
     torch.set_num_threads(1)
     set_seed(0)
     settings, (images, captions) = DATA[flags.data], load(flags)["train"]
@@ -134,18 +141,27 @@ def calibrate(flags: argparse.Namespace) -> dict[str, float]:
     pixels = (images[:batch].float() / 255 - MEAN) / STD
     models = {arm: build_model(arm, tokenizer).train() for arm in ARMS}
     optimizers = {arm: torch.optim.AdamW(model.parameters(), lr=1e-5) for arm, model in models.items()}
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    seconds: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
     for _ in tqdm(range(flags.calibration_rounds + 1), desc="calibration"):
         for arm, model in models.items():
-            start = time.process_time()
-            with torch.autocast("cpu", torch.bfloat16, enabled=flags.bf16):
-                loss = model(**text, pixel_values=pixels, return_loss=True).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizers[arm].step()
-            optimizers[arm].zero_grad()
-            seconds[arm].append(time.process_time() - start)
-    return {arm: statistics.median(values[1:]) for arm, values in seconds.items()}
+            own, start_ratio = ARMS[arm].get("merge_ratio", 0), ARMS[arm].get("start_merge_ratio")
+            ratios = [own] if start_ratio is None else [start_ratio + (own - start_ratio) * k / 6 for k in (1, 3, 5)]
+            taken = []
+            for ratio in ratios:
+                model.set_merge_ratio(ratio)
+                start = time.process_time()
+                with torch.autocast("cpu", torch.bfloat16, enabled=flags.bf16):
+                    loss = model(**text, pixel_values=pixels, return_loss=True).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizers[arm].step()
+                optimizers[arm].zero_grad()
+                taken.append(time.process_time() - start)
+            seconds[arm].append(taken)
+    return {
+        arm: statistics.mean(statistics.median(values) for values in zip(*rounds[1:], strict=True))
+        for arm, rounds in seconds.items()
+    }
 
 
 def train_one(flags: argparse.Namespace, arm: str, seed: int, steps: int) -> dict[str, Any]:
@@ -165,6 +181,7 @@ def train_one(flags: argparse.Namespace, arm: str, seed: int, steps: int) -> dic
             MLIPTrainingArguments(
                 folder,
                 max_steps=steps,
+                start_merge_ratio=ARMS[arm].get("start_merge_ratio"),
                 per_device_train_batch_size=settings["batch"],
                 learning_rate=settings["learning_rate"],
                 seed=seed,
@@ -278,8 +295,9 @@ def main() -> None:
         return json.loads(finished.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(flags.parallel) as pool:
-        for found in tqdm(pool.map(start, waiting), total=len(waiting), desc="runs"):
-            record["runs"].append(found)
+        running = [pool.submit(start, run) for run in waiting]
+        for finished in tqdm(as_completed(running), total=len(running), desc="runs"):
+            record["runs"].append(finished.result())
             write(path, record)
 
 
