@@ -542,8 +542,8 @@ def draw(entries: list[dict[str, Any]], target: Path) -> None:
     for axis in axes[len(entries) :]:
         axis.set_axis_off()
     for axis, entry in zip(axes, entries, strict=False):
-        end = max(max(row["flop_ratio"], row["speed_up"]["median"]) for row in entry["rows"]) * 1.08
-        start = min(0.9, *(min(row["flop_ratio"], row["speed_up"]["median"]) * 0.95 for row in entry["rows"]))
+        ends = [value for row in entry["rows"] for value in (row["flop_ratio"], *row["speed_up"].values())]
+        start, end = min(ends) * 0.95, max(ends) * 1.05
         axis.plot([start, end], [start, end], color="0.6", linestyle="--", linewidth=1)
         for row in entry["rows"]:
             up = row["speed_up"]
@@ -564,7 +564,7 @@ def draw(entries: list[dict[str, Any]], target: Path) -> None:
         )
         axis.set_xlim(start, end)
         axis.set_ylim(start, end)
-        axis.set_aspect("equal")
+        axis.set_box_aspect(1)
         axis.set_xlabel("FLOPs of CLIP / FLOPs")
         axis.set_ylabel("speed-up over CLIP")
     for method, colour in (*colours.items(), ("no merging", "0.3")):
@@ -574,7 +574,7 @@ def draw(entries: list[dict[str, Any]], target: Path) -> None:
         axes[0].plot([], [], color="0.3", marker=markers[placement], linestyle="", fillstyle="none", label=name)
     axes[0].plot([], [], color="0.6", linestyle="--", label="clock follows FLOPs")
     figure.legend(loc="outside lower center", ncols=min(8, 4 * columns // 2), fontsize=9)
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=110, bbox_inches="tight")
 
 
 def processor_name() -> str:
