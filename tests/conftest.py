@@ -75,3 +75,7 @@ def pairs_batch(num_pairs: int = 5, length: int = 8, seed: int = 0) -> dict[str,
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
     return pairs_batch()
+
+
+# At the end: it takes the above from here.
+from evaluation_cases import files, sources, splits  # noqa: E402, F401

@@ -12,6 +12,7 @@ from transformers.pipelines import get_supported_tasks
 
 from modeling_mlip import MLIPConfig
 from modeling_mlip.training.report import (
+    add_to_model_card,
     format_table,
     plot_learning_curves,
     retrieval_picture,
@@ -178,3 +179,34 @@ def test_report_is_one_file_and_escapes(tmp_path):
     assert path == tmp_path / "report.html"
     assert "Demo &lt;1&gt;" in page and "A &amp; B" in page and "<td>&lt;b&gt;</td><td class=number>71.24</td>" in page
     assert re.findall(r'src="(.{22})', page) == ["data:image/png;base64,"]
+
+
+def test_evaluations_add_to_the_card_and_a_second_replaces_the_first(tmp_path):
+    folder = tmp_path / "model"
+    write_card(folder)
+    base = {"dataset": "owner/pets", "split": "test", "merge_ratio": 0.5, "images": 40}
+    add_to_model_card(folder, {**base, "zero_shot_label_accuracy@1": 10.0})
+    add_to_model_card(folder, {**base, "zero_shot_label_accuracy@1": 11.111, "linear_probe_label_accuracy@1": 50.0})
+    add_to_model_card(folder, {**base, "merge_ratio": 0.0, "few_shot_label_4_shots_accuracy@1": 30.0})
+    card = ModelCard((folder / "README.md").read_text(), ignore_metadata_errors=False)
+    found = {
+        (r.task_type, r.dataset_type, r.dataset_split, r.metric_name, r.metric_value) for r in card.data.eval_results
+    }
+    zero_shot, images = "zero-shot-image-classification", "image-classification"
+    assert {entry for entry in found if entry[1] == "owner/pets"} == {
+        (zero_shot, "owner/pets", "test", "zero shot label accuracy@1 (%) at merge ratio 0.5", 11.11),
+        (images, "owner/pets", "test", "linear probe label accuracy@1 (%) at merge ratio 0.5", 50.0),
+        (images, "owner/pets", "test", "few shot label 4 shots accuracy@1 (%) at merge ratio 0", 30.0),
+    }
+    assert len(found) == 3 + 3  # those of training are still there
+    assert card.text.count("## Evaluations") == 1 and "11.11" in card.text and "10.00" not in card.text
+    assert card.text.index("## Results") < card.text.index("## Evaluations") < card.text.index("## Limits")
+
+
+def test_card_tells_probes_from_zero_shot(tmp_path):
+    metrics = {"linear_probe_label_accuracy@1": 70.0, "zero_shot_label_mean_per_class_accuracy": 20.0}
+    results = write_card(tmp_path / "model", metrics=metrics).data.eval_results
+    assert {(r.task_type, r.metric_value) for r in results} == {
+        ("image-classification", 70.0),
+        ("zero-shot-image-classification", 20.0),
+    }
