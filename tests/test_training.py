@@ -251,8 +251,8 @@ def poison(trainer: MLIPTrainer, *rows: int) -> None:
     """Makes the pixels of these rows infinite."""
     item_of = trainer.train_dataset.item
 
-    def item(row, where, key=None):
-        made = item_of(row, where, key)
+    def item(row, where, **kwargs):
+        made = item_of(row, where, **kwargs)
         if int(where.removeprefix("row ")) in rows:
             made["pixel_values"] = torch.full_like(made["pixel_values"], torch.inf)
         return made

@@ -117,7 +117,12 @@ class MLIPTrainer(InterruptibleTrainer):
         self._fit_parallel_wrappers()
 
     def _fit_parallel_wrappers(self) -> None:
-        """What DDP and FSDP need to know of this model."""
+        """What DDP and FSDP need to know of this model; DeepSpeed runs backward passes of a loss only."""
+        if self.is_deepspeed_enabled and self.args.mini_batch_size is not None:
+            raise ValueError(
+                f"mini_batch_size={self.args.mini_batch_size} does not work with DeepSpeed; leave it out, or take DDP "
+                "or FSDP (--fsdp)."
+            )
         vision = self.model.vision_model
         if vision.frequency is not None and self.model.frequency_projection is None:
             vision.frequency.query.requires_grad_(False)  # no loss reaches it, and DDP waits for every gradient
