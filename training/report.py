@@ -31,7 +31,8 @@ MODEL_CARD_TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 PIPELINE_TAG = "zero-shot-image-classification"
 MERGE_RATIOS_PICTURE = "merge_ratios.png"
 # Markers of the points of `plot_pareto`, one for each merge ratio.
-MARKERS = "osD^vP*Xhp<>"
+MARKERS = "osD^vPXhp<>d"
+BASELINE_MARKER = "*"
 # What stands around the part of a card that `add_to_model_card` writes.
 EVALUATIONS = ("<!-- evaluations -->", "<!-- end of evaluations -->")
 
@@ -159,23 +160,24 @@ def plot_pareto(rows: list[dict[str, Any]], metric: str, path: str | Path) -> No
             x, y = [row[key] for row in line], [row[metric] for row in line]
             axes.plot(x, y, color=color, linewidth=1.5, zorder=2)
             for row in line:
-                shared = row["method"] == "none"
-                style = {"color": "#444444" if shared else color, "markersize": 8, "zorder": 3}
-                axes.plot(
-                    row[key], row[metric], marker="$\\bigstar$" if single else marker_of[row["merge_ratio"]], **style
-                )
+                style = {"color": "#444444" if row["method"] == "none" else color, "markeredgecolor": "white"}
+                marker = BASELINE_MARKER if single else marker_of[row["merge_ratio"]]
+                size = 15 if single else 12 - 2.5 * number  # of points in one place each shows its rim
+                axes.plot(row[key], row[metric], marker=marker, markersize=max(size, 5), zorder=3 + number, **style)
             if key == "images_per_second":
                 spread = [
                     [row[key] - row[f"{key}_low"] for row in line],
                     [row[f"{key}_high"] - row[key] for row in line],
                 ]
                 axes.errorbar(x, y, xerr=spread, fmt="none", ecolor=color, alpha=0.5, capsize=2, zorder=1)
-        handles.append(Line2D([], [], color=color, marker="$\\bigstar$" if single else None, label=method))
+        handles.append(Line2D([], [], color=color, marker=BASELINE_MARKER if single else None, label=method))
     for ratio in ratios:
         handles.append(
             Line2D([], [], color="#444444", linestyle="none", marker=marker_of[ratio], label=f"merge ratio {ratio:g}")
         )
-    for axes, label in zip(all_axes, ("images per second", "GFLOPs per image"), strict=True):
+    for axes, label in zip(
+        all_axes, ("images per second (bars: quartiles)", "GFLOPs per image, fewer to the right"), strict=True
+    ):
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
         axes.margins(0.08)
