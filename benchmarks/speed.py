@@ -573,7 +573,7 @@ def draw(entries: list[dict[str, Any]], target: Path) -> None:
     for placement, name in names.items():
         axes[0].plot([], [], color="0.3", marker=markers[placement], linestyle="", fillstyle="none", label=name)
     axes[0].plot([], [], color="0.6", linestyle="--", label="clock follows FLOPs")
-    figure.legend(loc="outside lower center", ncols=min(8, 4 * columns // 2), fontsize=9)
+    figure.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=min(8, 4 * columns // 2), fontsize=9)
     figure.savefig(target, dpi=110, bbox_inches="tight")
 
 
