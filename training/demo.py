@@ -43,7 +43,7 @@ def bfloat16_is_faster() -> bool:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/demo", help="Where the model and the report go.")
-    parser.add_argument("--num_train_epochs", type=float, default=8, help="Passes over the 6,000 drawn pairs.")
+    parser.add_argument("--num_train_epochs", type=float, default=12, help="Passes over the 6,000 drawn pairs.")
     parser.add_argument("--merge_ratio", type=float, default=0.5, help="Share of patch tokens merged away.")
     flags = parser.parse_args(arguments)
     folder = Path(flags.output_dir) / time.strftime("%Y%m%d-%H%M%S")  # no demo writes over another
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         num_train_epochs=flags.num_train_epochs,
         per_device_train_batch_size=64,
         learning_rate=1e-3,
+        start_merge_ratio=max(0.9, flags.merge_ratio),
         bf16=bfloat16_is_faster(),
         use_cpu=not torch.accelerator.is_available(),
         save_strategy="no",
