@@ -68,12 +68,11 @@ def draw(record: dict[str, Any], name: str) -> Path:
     for place, (arm, runs) in enumerate(reversed(compute.items())):
         values = [run["recall@1"] for run in runs]
         colour = "tab:orange" if arm.startswith("MLIP") else "tab:blue"
-        left.barh(place, statistics.mean(values), color=colour, alpha=0.35)
-        left.plot(values, [place] * len(values), "o", color=colour, markersize=5)
+        left.plot(statistics.mean(values), place, "|", color=colour, markersize=24, markeredgewidth=2)
+        left.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=7)
     left.set_yticks(range(len(compute)), list(reversed(compute)))
-    everything = [run["recall@1"] for runs in compute.values() for run in runs]
-    left.set_xlim(max(min(everything) - 5, 0), max(everything) + 1)
-    left.set_xlabel("recall@1, mean of both directions, % (a point for each seed)")
+    left.grid(axis="y", alpha=0.3)
+    left.set_xlabel("recall@1, mean of both directions, % (a point for each seed, a line at their mean)")
     left.set_title(f"{name}: the same training compute")
     for row, (arm, runs) in enumerate(compute.items()):
         ratios = [ratio for ratio in runs[0]["at_ratio"] if ratio != "trained"]
