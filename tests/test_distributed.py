@@ -30,12 +30,12 @@ from modeling_mlip.training.trainer import NO_DECAY
 NUM_PAIRS = 11
 SHARES = {1: [11], 2: [4, 7], 3: [2, 4, 5]}  # pairs of each process
 MINI_BATCH_SIZES = {1: 4, 2: 3, 3: 3}  # which cut a share into mini-batches of different sizes
-STEPS = 10  # of the cases of each number of processes; the others take two
+STEPS = 10  # of AdamW; some cases take two
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
 
 
-def cases(world_size: int) -> dict[str, dict]:
-    """name -> what differs from one plain pass over captions that all differ."""
+def cases(world_size: int, quick: bool) -> dict[str, dict]:
+    """name -> what differs from one plain pass over captions that all differ; quick: most take two steps."""
     split = {"mini_batch_size": MINI_BATCH_SIZES[world_size]}
     duplicates = {"duplicates": True}
     chosen: dict[str, dict] = {
@@ -55,6 +55,8 @@ def cases(world_size: int) -> dict[str, dict]:
             "plain, duplicates, FSDP2": {**duplicates, "steps": 2, **FSDP},
             "mini-batches, duplicates, accumulated, FSDP2": {**accumulated, **FSDP},
         }
+    if quick:
+        chosen |= {name: {**chosen[name], "steps": 2} for name in ("plain", "plain, duplicates", "mini-batches")}
     return chosen
 
 
@@ -152,24 +154,24 @@ def let_accelerate_shard_on_the_cpu() -> None:
     AcceleratorState.__init__ = start_with_plugin
 
 
-def run_process(rank: int, world_size: int, port: int, folder: str) -> None:
+def run_process(rank: int, world_size: int, quick: bool, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     let_accelerate_shard_on_the_cpu()
-    results = {name: run_case(**case) for name, case in cases(world_size).items()}
+    results = {name: run_case(**case) for name, case in cases(world_size, quick).items()}
     torch.save(results, f"{folder}/{world_size}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def run_processes(world_size: int, folder: str) -> list[dict[str, dict[str, dict[str, torch.Tensor]]]]:
+def run_processes(world_size: int, quick: bool, folder: str) -> list[dict[str, dict[str, dict[str, torch.Tensor]]]]:
     """For each process, its results by case."""
     if world_size == 1:
-        return [{name: run_case(**case) for name, case in cases(1).items()}]
+        return [{name: run_case(**case) for name, case in cases(1, quick).items()}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_process, args=(world_size, port, folder), nprocs=world_size)
+    torch.multiprocessing.spawn(run_process, args=(world_size, quick, port, folder), nprocs=world_size)
     return [torch.load(f"{folder}/{world_size}-{rank}.pt") for rank in range(world_size)]
 
 
@@ -228,8 +230,8 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
 
 @pytest.mark.parametrize("world_size", SHARES)
 def test_gradients_and_weights_equal_those_of_one_large_batch(world_size, tmp_path):
-    by_rank = run_processes(world_size, str(tmp_path))
-    for name, case in cases(world_size).items():
+    by_rank = run_processes(world_size, quick=True, folder=str(tmp_path))
+    for name, case in cases(world_size, quick=True).items():
         expected = reference_of(case, world_size)
         for results in by_rank:
             assert largest_difference(results[name]["gradients"], expected["gradients"]) < 1e-9, name
@@ -313,8 +315,8 @@ def main() -> None:
     print("| --- | --- | --- | --- |")
     for world_size in SHARES:
         with tempfile.TemporaryDirectory() as folder:
-            by_rank = run_processes(world_size, folder)
-        for name, case in cases(world_size).items():
+            by_rank = run_processes(world_size, quick=False, folder=folder)
+        for name, case in cases(world_size, quick=False).items():
             expected = reference_of(case, world_size)
             worst = [
                 max(largest_difference(results[name][kind], expected[kind]) for results in by_rank)

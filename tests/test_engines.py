@@ -54,7 +54,7 @@ def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(en
 
 def test_fsdp_where_accelerate_would_leave_it_out_is_refused():
     args = SimpleNamespace(fsdp=True, device=torch.device("cpu"))
-    trainer = SimpleNamespace(model=small_model(), is_fsdp_enabled=False, args=args)
+    trainer = SimpleNamespace(model=small_model(), is_fsdp_enabled=False, is_deepspeed_enabled=False, args=args)
     with pytest.raises(ValueError, match="--fsdp.*does not shard on cpu"):
         MLIPTrainer._fit_parallel_wrappers(trainer)
 

@@ -46,6 +46,7 @@ FALLING = {"start_merge_ratio": 0.9}  # an argument of training, not a key of th
 ARMS: dict[str, dict[str, Any]] = {
     "CLIP": CLIP,
     "CLIP + ToMe": {**CLIP, **HALF, "merge_method": "tome"},
+    "CLIP + ToMe, falling ratio": {**CLIP, **HALF, **FALLING, "merge_method": "tome"},
     "ELIP": {**CLIP, **HALF, "merge_method": "elip"},
     "MLIP": {**HALF, **FALLING},
     "MLIP, no frequency": {**HALF, **FALLING, "frequency_layers": 0, "frequency_loss_weight": 0},
