@@ -134,7 +134,7 @@ def draw_importance(path: Path, stages: Sequence[tuple[str, dict[str, np.ndarray
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation="horizontal", ha="right", va="center", labelpad=10, **LABELS)
     bar = figure.colorbar(drawn, ax=grid, extend="both" if highest > limit else "neither", aspect=12 * len(stages))
-    bar.set_label("standard deviations from the mean over tokens", **LABELS)
+    bar.set_label("standard deviations", **LABELS)
     _save(figure, path)
 
 
