@@ -829,7 +829,7 @@ class MLIPModel(MLIPPreTrainedModel):
         # Step (3): what the losses need, and the losses
         pairs, losses = None, {}
         if return_loss or return_pairs:
-            caption_mask = self._caption_mask(input_ids, attention_mask)
+            caption_mask = self.caption_mask_of(input_ids, attention_mask)
             pairs = PairEmbeddings(
                 image_embeds=image_embeds,
                 text_embeds=text_embeds,
@@ -838,7 +838,7 @@ class MLIPModel(MLIPPreTrainedModel):
                 frequency_embeds=frequency_embeds,
             )
             if self.token_visual_projection is not None:
-                tokens = self._token_embeddings(vision_outputs, text_outputs, input_ids, caption_mask)
+                tokens = self.token_embeddings(vision_outputs, text_outputs, input_ids, caption_mask)
                 pairs = pairs._replace(tokens=tokens)
         if return_loss:
             losses = self.compute_losses(pairs)
@@ -865,13 +865,13 @@ class MLIPModel(MLIPPreTrainedModel):
             columns=columns,
         )
 
-    def _caption_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def caption_mask_of(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """`(T, L)` bool: True up to and including the first EOS, whatever padding follows."""
         is_eos = input_ids == self.config.text_config.eos_token_id
         mask = is_eos.cumsum(dim=1) - is_eos.long() == 0
         return mask if attention_mask is None else mask & attention_mask.bool()
 
-    def _token_embeddings(
+    def token_embeddings(
         self,
         vision_outputs: MLIPVisionOutput,
         text_outputs: BaseModelOutputWithPooling,

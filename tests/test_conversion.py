@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import open_clip
 import pytest
 import torch
 from conversion_cases import VARIANTS, clip_folder, model_cfg_of, open_clip_folder, open_clip_model
@@ -16,14 +17,7 @@ from modeling_mlip.conversion import configs, convert_checkpoint, export_checkpo
 from modeling_mlip.conversion.command import main
 from modeling_mlip.conversion.convert import convert
 
-try:
-    import open_clip
-except ImportError:
-    open_clip = None
-needs_open_clip = pytest.mark.skipif(open_clip is None, reason="open_clip_torch is not installed")
 
-
-@needs_open_clip
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_converted_model_equals_open_clip(tmp_path, variant):
@@ -36,7 +30,6 @@ def test_converted_model_equals_open_clip(tmp_path, variant):
     torch.testing.assert_close(output.logits_per_image, theirs.get_logits(images, ids)[0], atol=1e-4, rtol=0)
 
 
-@needs_open_clip
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_open_clip_comes_back_to_the_bit(tmp_path, variant):
     source = open_clip_folder(tmp_path / variant, variant)
@@ -52,7 +45,6 @@ def test_open_clip_comes_back_to_the_bit(tmp_path, variant):
     torch.testing.assert_close(loaded.eval().get_logits(images, ids)[0], expected, atol=1e-5, rtol=0)
 
 
-@needs_open_clip
 def test_all_45_configurations_are_known_by_name_and_come_back():
     def plain(cfg):
         vision, text = cfg["vision_cfg"], cfg["text_cfg"]
@@ -134,7 +126,6 @@ def tables_of(model):
 # The command
 
 
-@needs_open_clip
 def test_command_converts_there_and_back_into_one_folder_for_both(tmp_path, capsys):
     source = open_clip_folder(tmp_path / "source")
     main([str(source), str(tmp_path / "mlip"), "--merge-ratio", "0.5", "--merge-layers", "1", "--merge-method", "tome"])
@@ -169,7 +160,6 @@ def test_a_used_frequency_stage_is_dropped_only_on_request(tmp_path):
     CLIPModel.from_pretrained(tmp_path / "back")
 
 
-@needs_open_clip
 @pytest.mark.parametrize("variant", ["clipa", "layer_scale", "worldwide"])
 def test_what_transformers_clip_cannot_compute_is_refused(tmp_path, variant):
     ours, processor = convert_checkpoint(open_clip_folder(tmp_path / variant, variant))

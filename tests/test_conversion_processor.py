@@ -2,6 +2,7 @@
 """The processor gives OpenCLIP's pixels and token ids, before and after it is saved."""
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from conversion_cases import SPECIAL, TEXT, word_tokenizer
@@ -9,8 +10,6 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from modeling_mlip.conversion import processor as processors
-
-open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
 
 TEXTS = [
     "a photo of a cat", "Hello World!", "!", "!! wait?! ...", "  two   spaces\tand\nlines  ", "", "word " * 100,

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from conversion_cases import TEXT, VISION, clip_folder, model_cfg_of, open_clip_folder, open_clip_model
@@ -14,12 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from modeling_mlip.conversion import convert, convert_checkpoint, sources
 from modeling_mlip.conversion.command import main
-
-try:
-    import open_clip
-except ImportError:
-    open_clip = None
-pytestmark = pytest.mark.skipif(open_clip is None, reason="open_clip_torch is not installed")
 
 
 @pytest.fixture(scope="module")

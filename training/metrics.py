@@ -413,7 +413,7 @@ def encode_variants(
                     tokens = tuple(caption[present.bool()].tolist())
                     caption_ids.append(id_of_tokens.setdefault(tokens, len(id_of_tokens)))
                 if with_tokens:
-                    found = model._token_embeddings(vision_outputs, text_outputs, ids, model._caption_mask(ids, mask))
+                    found = model.token_embeddings(vision_outputs, text_outputs, ids, model.caption_mask_of(ids, mask))
                     bank.text_tokens += [
                         t[m].half().cpu() for t, m in zip(found.text_tokens, found.text_mask, strict=True)
                     ]
