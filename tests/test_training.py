@@ -5,6 +5,8 @@ import copy
 import json
 import math
 import os
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -442,6 +444,28 @@ def test_an_unknown_command_is_named(capsys):
     assert mlip(["tarin"]) == 2
     printed = capsys.readouterr()
     assert "'tarin'" in printed.err and "train" in printed.out
+
+
+PROGRAM = """
+import atexit, os, threading, time
+from modeling_mlip.training.command import run
+
+class Teardown:
+    def __del__(self):
+        os.abort()  # as what an unfinished stream leaves behind may
+
+kept = Teardown()
+atexit.register(print, "handlers ran")
+threading.Thread(target=lambda: (time.sleep(0.2), print("threads ended"))).start()
+run()
+"""
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("dance", 2)])
+def test_the_program_ends_whatever_still_reads_after_all_that_waits_for_its_end(argument, status):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, argument], capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stdout.splitlines()[-2:] == ["threads ended", "handlers ran"]
 
 
 def test_help_names_every_flag_group(capsys):

@@ -4,21 +4,18 @@
 A subcommand is an entry point of the group `mlip.commands`, so that each lives with the code that it calls.
 """
 
+import atexit
+import os
 import sys
+import threading
 from importlib.metadata import entry_points
+from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
+from .errors import error_line
+
 ENTRY_POINT_GROUP = "mlip.commands"
-
-
-def error_line(error: BaseException) -> str:
-    """What went wrong, without the layers that report it: a validator of a configuration wraps its own error."""
-    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        error = error.__cause__
-    message = str(error).strip() or type(error).__name__
-    # Libraries write in paragraphs of what the machine, the network or the installation lacks.
-    return " ".join(message.split()) if isinstance(error, (OSError, ImportError)) else message
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,5 +42,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def run() -> NoReturn:
+    """The program `mlip`: `main`, what is registered to happen at exit, and the end, without Python's own teardown.
+
+    While Python tears itself down, a thread of Arrow that lets go of a stream's file would abort the process after all
+    its work was done (apache/arrow#45214). Children of multiprocessing end in the same way.
+    """
+    status = main()
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

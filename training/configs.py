@@ -9,7 +9,7 @@ from transformers import CLIPConfig, PreTrainedConfig
 
 from modeling_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
 
-from .command import error_line
+from .errors import error_line
 
 # By `model_type`: what `save_pretrained` writes here, and what a run may start from.
 CONFIG_CLASSES = {kind.model_type: kind for kind in (MLIPConfig, MLIPTextConfig, MLIPVisionConfig)}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from . import reload
-from .hub import hub_errors
+from .errors import hub_errors
 from .loading import load_saved
 
 # What a run needs to go on and no reader of the model does; the pickles among it never leave this machine.

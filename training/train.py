@@ -28,7 +28,7 @@ from .data import (
     load_pairs,
     read_captions,
 )
-from .hub import hub_errors
+from .errors import hub_errors
 from .loading import load_pretrained
 from .report import format_table, plot_learning_curves, write_model_card
 from .tokenizer import train_tokenizer

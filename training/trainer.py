@@ -26,9 +26,9 @@ from modeling_mlip.losses import MAX_LOGIT_SCALE, PairEmbeddings
 
 from .arguments import MLIPTrainingArguments
 from .checkpoint import InterruptibleTrainer
-from .configs import error_line
 from .data import EvaluationCollator, PairCollator, SkipBudget
 from .distributed import gather_columns, gather_numbers, num_processes, row_share
+from .errors import error_line
 from .guard import StepGuard
 from .metrics import encode_pairs, retrieval_metrics
 from .mini_batches import RandomState, embeddings, join, split_batch

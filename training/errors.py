@@ -1,10 +1,19 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""What the Hub refuses or a connection loses, as one clear error."""
+"""Errors in one clear line: what the Hub refuses or a connection loses, and what libraries wrap."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+
+
+def error_line(error: BaseException) -> str:
+    """What went wrong, without the layers that report it: a validator of a configuration wraps its own error."""
+    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    message = str(error).strip() or type(error).__name__
+    # Libraries write in paragraphs of what the machine, the network or the installation lacks.
+    return " ".join(message.split()) if isinstance(error, (OSError, ImportError)) else message
 
 
 @contextmanager
