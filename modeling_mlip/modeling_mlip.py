@@ -47,6 +47,7 @@ from .token_merging import (
     match_tokens,
     merge_schedule,
     merge_sizes,
+    merge_step,
     merge_tokens,
     z_score,
 )
@@ -308,12 +309,12 @@ class MLIPVisionLayer(CLIPEncoderLayer):
         if guide is not None:
             num_new = sizes.shape[1] - num_removed
             assignment, weights = self._match(guide, frequency_states, frequency_importance, sizes, num_removed)
-            patches = merge_tokens(hidden_states[:, 1:], weights, assignment, num_new)
+            step = merge_step(assignment, weights, num_new, hidden_states.dtype)
+            patches = merge_tokens(hidden_states[:, 1:], step)
             hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
             if frequency_states is not None:
-                frequency_states = merge_tokens(frequency_states, weights, assignment, num_new)
-                frequency_importance = merge_tokens(frequency_importance[..., None], weights, assignment, num_new)
-                frequency_importance = frequency_importance[..., 0]
+                frequency_states = merge_tokens(frequency_states, step)
+                frequency_importance = merge_tokens(frequency_importance[..., None], step)[..., 0]
             sizes = merge_sizes(sizes, assignment, num_new)
         branch = self.mlp(self.layer_norm2(hidden_states))
         hidden_states = hidden_states + scale_branch(branch, self.layer_scale2)

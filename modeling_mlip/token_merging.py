@@ -9,6 +9,7 @@ Axes: B images, N tokens before a step, M after it, C channels. The class token 
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -79,10 +80,10 @@ def match_tokens(
     if num_here == num_removed:
         return assignment
     num_left = features.shape[1] - num_here
-    ones = torch.ones_like(features[..., 0])
-    features = merge_tokens(features, ones, assignment, num_left)
+    step = merge_step(assignment, torch.ones_like(features[..., 0]), num_left, features.dtype)
+    features = merge_tokens(features, step)
     if importance is not None:
-        importance = merge_tokens(importance[..., None], ones, assignment, num_left)[..., 0]
+        importance = merge_tokens(importance[..., None], step)[..., 0]
     return compose(assignment, match_tokens(features, importance, num_removed - num_here, max_share))
 
 
@@ -127,29 +128,40 @@ def assignment_matrix(assignment: torch.Tensor, num_new: int, dtype: torch.dtype
     return (assignment[:, None, :] == new_tokens).to(dtype)
 
 
+class MergeStep(NamedTuple):
+    """What makes new tokens of old ones, see `merge_step`; computed once for all that follows the tokens."""
+
+    matrix: torch.Tensor  # (B, M, N): what each old token counts in each new one
+    totals: torch.Tensor  # (B, M, 1): their sums
+
+
+def merge_step(assignment: torch.Tensor, weights: torch.Tensor, num_new: int, dtype: torch.dtype) -> MergeStep:
+    """An assignment as a small matrix.
+
+    A product with it is deterministic on every device (adding at indices is not on a GPU), exports, and sums in
+    integers first, so that half precision loses nothing but the last rounding.
+
+    Args:
+        assignment: `(B, N)`, values below `num_new`.
+        weights: `(B, N)`, positive: the sizes before the step, or attention.
+        num_new: M.
+        dtype: of the tokens.
+
+    Returns:
+        the matrix in `dtype`, its sums in at least float32; where weights are sizes, these are the new sizes.
+    """
+    matrix = assignment_matrix(assignment, num_new, dtype) * weights[:, None, :].to(dtype)
+    return MergeStep(matrix, matrix.sum(dim=-1, keepdim=True, dtype=torch.promote_types(dtype, torch.float32)))
+
+
+def merge_tokens(tokens: torch.Tensor, step: MergeStep) -> torch.Tensor:
+    """Weighted means of the tokens that become one: `(B, N, C)` -> `(B, M, C)` in the dtype of `tokens`."""
+    return ((step.matrix.to(tokens.dtype) @ tokens) / step.totals).to(tokens.dtype)
+
+
 def merge_sizes(sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
     """Sizes `(B, N)` -> `(B, M)`: how many patches each of the `num_new` tokens stands for."""
     return (assignment_matrix(assignment, num_new, sizes.dtype) @ sizes[..., None])[..., 0]
-
-
-def merge_tokens(tokens: torch.Tensor, weights: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
-    """Weighted means of the tokens that become one.
-
-    A product with a small matrix, which is deterministic on every device (adding at indices is not on a GPU), exports,
-    and sums in integers first, so that half precision loses nothing but the last rounding.
-
-    Args:
-        tokens: `(B, N, C)`.
-        weights: `(B, N)`, positive: the sizes before the step, or attention.
-        assignment: `(B, N)`, values below `num_new`.
-        num_new: M.
-
-    Returns:
-        `(B, M, C)` in the dtype of `tokens`.
-    """
-    matrix = assignment_matrix(assignment, num_new, tokens.dtype) * weights[:, None, :].to(tokens.dtype)  # (B, M, N)
-    totals = matrix.sum(dim=-1, keepdim=True, dtype=torch.promote_types(tokens.dtype, torch.float32))  # (B, M, 1)
-    return ((matrix @ tokens) / totals).to(tokens.dtype)
 
 
 def unmerge(tokens: torch.Tensor, token_map: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,16 @@ from modeling_mlip.token_merging import (
     match_tokens,
     merge_schedule,
     merge_sizes,
+    merge_step,
     merge_tokens,
     places,
     unmerge,
     z_score,
 )
+
+
+def merge(tokens: torch.Tensor, weights: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
+    return merge_tokens(tokens, merge_step(assignment, weights, num_new, tokens.dtype))
 
 
 def merge_by_loop(tokens: torch.Tensor, sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
@@ -140,7 +145,7 @@ def test_merging_is_the_size_weighted_mean_and_conserves_size():
     torch.manual_seed(0)
     tokens, sizes = torch.randn(3, 12, 5, dtype=torch.float64), torch.randint(1, 9, (3, 12)).double()
     assignment = match_tokens(joint_similarity_features(tokens), None, 7)
-    merged, new_sizes = merge_tokens(tokens, sizes, assignment, 5), merge_sizes(sizes, assignment, 5)
+    merged, new_sizes = merge(tokens, sizes, assignment, 5), merge_sizes(sizes, assignment, 5)
     torch.testing.assert_close(merged, merge_by_loop(tokens, sizes, assignment, 5), rtol=0, atol=1e-12)
     torch.testing.assert_close(new_sizes.sum(dim=1), sizes.sum(dim=1))
     total = (merged * new_sizes[..., None]).sum(dim=1)
@@ -150,14 +155,14 @@ def test_merging_is_the_size_weighted_mean_and_conserves_size():
 def test_gradients_reach_every_token_through_a_merge():
     tokens = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     sizes, assignment = torch.ones(2, 6, dtype=torch.float64), torch.tensor([[0, 0, 1, 0, 2, 1], [0, 1, 1, 1, 1, 2]])
-    assert torch.autograd.gradcheck(lambda tokens: merge_tokens(tokens, sizes, assignment, 3), tokens)
+    assert torch.autograd.gradcheck(lambda tokens: merge(tokens, sizes, assignment, 3), tokens)
 
 
 def test_bfloat16_merging_rounds_once():
     torch.manual_seed(0)
     tokens, sizes = torch.randn(2, 40, 16).bfloat16(), torch.randint(1, 30, (2, 40)).float()
     assignment = torch.randint(0, 5, (2, 40))
-    merged = merge_tokens(tokens, sizes, assignment, 5)
+    merged = merge(tokens, sizes, assignment, 5)
     assert merged.dtype == torch.bfloat16
     expected = merge_by_loop(tokens.double(), sizes.double(), assignment, 5)
     torch.testing.assert_close(merged.double(), expected, rtol=2**-7, atol=2e-3)
@@ -167,10 +172,10 @@ def test_composition_is_one_step_after_the_other():
     torch.manual_seed(0)
     tokens, ones = torch.randn(2, 16, 4, dtype=torch.float64), torch.ones(2, 16, dtype=torch.float64)
     first = match_tokens(joint_similarity_features(tokens), None, 5)
-    merged, sizes = merge_tokens(tokens, ones, first, 11), merge_sizes(ones, first, 11)
+    merged, sizes = merge(tokens, ones, first, 11), merge_sizes(ones, first, 11)
     second = match_tokens(joint_similarity_features(merged), None, 4)
-    twice = merge_tokens(merged, sizes, second, 7)
-    torch.testing.assert_close(merge_tokens(tokens, ones, compose(first, second), 7), twice, rtol=0, atol=1e-12)
+    twice = merge(merged, sizes, second, 7)
+    torch.testing.assert_close(merge(tokens, ones, compose(first, second), 7), twice, rtol=0, atol=1e-12)
 
 
 def test_unmerge_gives_every_patch_its_token():
