@@ -160,7 +160,8 @@ class MLIPFrequencyBlock(nn.Module):
 class MLIPFrequencyStage(nn.Module):
     """The frequency domain beside the spatial stream, which it enters through a gate that starts at zero.
 
-    It sees every patch twice: as the tower embeds it, and by its amplitude spectrum, which no linear embedding tells.
+    Of every patch it sees the amplitude spectrum alone, normalised: which frequencies the patch holds, wherever in it
+    and however faint. The tower's own embedding tells the rest; with both as input the spectrum went unheard.
     """
 
     def __init__(self, config: MLIPVisionConfig):
@@ -168,8 +169,7 @@ class MLIPFrequencyStage(nn.Module):
         self.config = config
         size = config.frequency_hidden_size
         num_amplitudes = config.num_channels * math.prod(half_spectrum_shape(config.patch_size, config.patch_size))
-        self.input_projection = nn.Linear(config.hidden_size, size)
-        self.spectrum_projection = nn.Linear(num_amplitudes, size, bias=False)
+        self.input_projection = nn.Linear(num_amplitudes, size)
         self.layers = nn.ModuleList([MLIPFrequencyBlock(config) for _ in range(config.frequency_layers)])
         self.layer_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.query = nn.Parameter(torch.empty(size))
@@ -177,11 +177,12 @@ class MLIPFrequencyStage(nn.Module):
         self.gate = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(
-        self, patches: torch.Tensor, pixel_values: torch.Tensor, grid: tuple[int, int]
+        self, pixel_values: torch.Tensor, grid: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`(B, N, D)` and the images -> what to add to them `(B, N, D)`, features `(B, N, F)`, pooled `(B, F)`."""
-        amplitude = log_amplitude(pixel_values.to(patches.dtype), self.config.patch_size)
-        states = self.input_projection(patches) + self.spectrum_projection(amplitude)
+        """`(B, 3, height, width)` -> what to add to the patches `(B, N, D)`, features `(B, N, F)`, pooled `(B, F)`."""
+        pixel_values = pixel_values.to(self.input_projection.weight.dtype)
+        amplitude = log_amplitude(pixel_values, self.config.patch_size)
+        states = self.input_projection(nn.functional.layer_norm(amplitude, amplitude.shape[-1:]))
         for layer in self.layers:
             states = layer(states, grid)
         states = self.layer_norm(states)
@@ -477,8 +478,7 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             for weight in (module.spectral_filter, module.fc1.weight, module.fc2.weight):
                 init.normal_(weight, std=std)
         elif isinstance(module, MLIPFrequencyStage):
-            for projection in (module.input_projection, module.spectrum_projection):
-                init.normal_(projection.weight, std=projection.in_features**-0.5 * factor)
+            init.normal_(module.input_projection.weight, std=module.input_projection.in_features**-0.5 * factor)
             init.normal_(module.output_projection.weight, std=module.config.frequency_hidden_size**-0.5 * factor)
             init.normal_(module.query, std=module.config.initializer_range * factor)
             init.zeros_(module.gate)
@@ -632,7 +632,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
         # Step (2): the frequency stage, beside the spatial stream
         frequency_states = pooled_frequency = frequency_importance = None
         if self.frequency is not None:
-            injection, frequency_states, pooled_frequency = self.frequency(hidden_states[:, 1:], pixel_values, grid)
+            injection, frequency_states, pooled_frequency = self.frequency(pixel_values, grid)
             hidden_states = torch.cat([hidden_states[:, :1], hidden_states[:, 1:] + injection], dim=1)
             frequency_importance = self._frequency_importance(frequency_states, pooled_frequency)
         # Step (3): the encoder, with token merging

@@ -391,7 +391,7 @@ def bad_inputs(drawn) -> dict[str, tuple[list[str], str]]:
         "unknown name": (["--config_name", "huge"], "config_name='huge'"),
         "two starts": (["--model_name_or_path", "x", "--config_name", "tiny"], "Give one of"),
         "context": (["--max_seq_length", "99"], "max_seq_length=99"),
-        "no such model": (["--model_name_or_path", "nowhere/here/there"], "nowhere/here/there"),
+        "no such model": (["--model_name_or_path", "nowhere/here/there"], "There is no folder nowhere/here/there"),
     }
 
 

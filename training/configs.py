@@ -83,12 +83,18 @@ def saved_config(name_or_path: str | Path, classes: dict[str, Any]) -> Any:
     """The configuration of a folder or Hub id, of the class that its `model_type` says.
 
     Raises:
+        OSError: if it is neither a folder nor to be had from the Hub.
         ValueError: if there is none, if it is of another kind of model, or if it has a value that is not allowed.
     """
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{name_or_path} holds no config.json; give a folder that a model was saved to.")
-    model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    try:
+        model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise OSError(f"There is no folder {name_or_path}, and as a Hub id it was not found: {error}") from error
     if model_type not in classes:
         raise ValueError(
             f"{name_or_path} holds a model of type {model_type!r}; here it may be {' or '.join(map(repr, classes))}. "
