@@ -91,7 +91,7 @@ def sections(model: MLIPModel, seen: Observation, name: str, folder: Path, filte
             Section(
                 title,
                 missing="The model has no token-level projections (token_loss_weight=0). Train one with "
-                "--token_loss_weight 0.5, for example.",
+                "--token_loss_weight 0.1, for example.",
             )
         )
     elif not seen.words:

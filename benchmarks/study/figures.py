@@ -19,6 +19,11 @@ from run import steps_of  # noqa: E402
 
 FOLDER = Path(__file__).parent
 IMAGES = FOLDER.parent.parent / "docs" / "images"
+# What the figure and the table over merge ratios show: of the drawn shapes what their captions differ in.
+MEASURES = {
+    "noto-emoji": ("recall@1", "recall@1, mean of both directions"),
+    "shapes": ("texture_accuracy", "textures told"),
+}
 SHOWN = ("text_to_image_recall@1", "image_to_text_recall@1", "recall@1", "texture_accuracy", "shape_accuracy")
 
 
@@ -50,38 +55,39 @@ def table(record: dict[str, Any], equal: str) -> list[dict[str, Any]]:
     return rows
 
 
-def ratio_table(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Recall of each MLIP arm, trained for CLIP's time, at merge ratios chosen after training."""
+def ratio_table(record: dict[str, Any], measure: str) -> list[dict[str, Any]]:
+    """Accuracy of MLIP arms, trained for CLIP's time, at merge ratios chosen after training."""
     rows = []
     for arm, runs in arms_of(record, "compute").items():
         ratios = [ratio for ratio in runs[0]["at_ratio"] if ratio != "trained"]
         if ratios:
-            values = {ratio: mean_and_spread([run["at_ratio"][ratio]["recall@1"] for run in runs]) for ratio in ratios}
+            values = {ratio: mean_and_spread([run["at_ratio"][ratio][measure] for run in runs]) for ratio in ratios}
             rows.append({"trained as": arm, **{f"at {ratio}": value for ratio, value in values.items()}})
     return rows
 
 
 def draw(record: dict[str, Any], name: str) -> Path:
-    """Left, every run at equal compute; right, recall over the merge ratio chosen after training."""
+    """Left, every run at equal compute; right, accuracy over the merge ratio chosen after training."""
+    measure, label = MEASURES[name]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=[1.4, 1], layout="constrained")
     compute = arms_of(record, "compute")
     for place, (arm, runs) in enumerate(reversed(compute.items())):
-        values = [run["recall@1"] for run in runs]
+        values = [run[measure] for run in runs]
         colour = "tab:orange" if arm.startswith("MLIP") else "tab:blue"
         left.plot(statistics.mean(values), place, "|", color=colour, markersize=24, markeredgewidth=2)
         left.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=7)
     left.set_yticks(range(len(compute)), list(reversed(compute)))
     left.grid(axis="y", alpha=0.3)
-    left.set_xlabel("recall@1, mean of both directions, % (a point for each seed, a line at their mean)")
+    left.set_xlabel(f"{label}, % (a point for each seed, a line at their mean)")
     left.set_title(f"{name}: the same training compute")
     for row, (arm, runs) in enumerate(compute.items()):
         ratios = [ratio for ratio in runs[0]["at_ratio"] if ratio != "trained"]
-        if arm in ("MLIP", "MLIP, no merging", "MLIP at 0.3", "MLIP at 0.7") and ratios:
-            means = [statistics.mean(run["at_ratio"][ratio]["recall@1"] for run in runs) for ratio in ratios]
+        if ratios:
+            means = [statistics.mean(run["at_ratio"][ratio][measure] for run in runs) for ratio in ratios]
             style = {"MLIP": "MLIP (trained at 0.5)", "MLIP, no merging": "MLIP (trained without merging)"}
             right.plot([float(ratio) for ratio in ratios], means, "o-", label=style.get(arm, arm), color=f"C{row}")
     right.set_xlabel("merge ratio at inference")
-    right.set_ylabel("recall@1, %")
+    right.set_ylabel(f"{label}, %")
     right.set_title("the ratio changed after training")
     right.legend(fontsize=8)
     IMAGES.mkdir(exist_ok=True)
@@ -102,7 +108,8 @@ def main() -> None:
         ):
             if rows := table(record, equal):
                 print(f"{title}:\n{format_table(rows)}\n")
-        print(f"Recall@1 at other merge ratios than in training:\n{format_table(ratio_table(record))}\n")
+        measure, label = MEASURES[results.stem]
+        print(f"At other merge ratios than in training, {label}:\n{format_table(ratio_table(record, measure))}\n")
         print(f"drawn: {draw(record, results.stem)}\n")
 
 

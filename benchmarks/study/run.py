@@ -20,12 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import DatasetDict, concatenate_datasets
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPProcessor, set_seed
@@ -58,11 +60,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "MLIP at 0.7": {"merge_ratio": 0.7, **FALLING},
 }
 INFERENCE_RATIOS = (0.0, 0.3, 0.5, 0.7)
+SWEPT = ("MLIP", "MLIP, no merging", "MLIP at 0.3", "MLIP at 0.7")  # evaluated at all of them
 # Pairs per step, peak learning rate, CLIP's steps, and what augmentation does: shift in image sides, scale, colour.
 DATA: dict[str, dict[str, Any]] = {
-    "noto-emoji": {"batch": 128, "learning_rate": 5e-4, "steps": 360, "shift": 0.125, "scale": 0.15, "colour": 0.2},
-    "shapes": {"batch": 64, "learning_rate": 1e-3, "steps": 750, "shift": 0.0, "scale": 0.0, "colour": 0.0},
+    "noto-emoji": {"batch": 128, "learning_rate": 5e-4, "steps": 300, "shift": 0.125, "scale": 0.15, "colour": 0.2},
+    "shapes": {"batch": 64, "learning_rate": 1e-3, "steps": 500, "shift": 0.0, "scale": 0.0, "colour": 0.0},
 }
+SPLIT_SEED = 0
 EVALUATION_COPIES = 4  # of the held-out images: as they are, and shifted and scaled, to narrow the noise
 MEAN, STD = 0.5, 0.27
 
@@ -107,6 +111,8 @@ def load(flags: argparse.Namespace) -> dict[str, Any]:
     """Both splits as uint8 images `(N, 3, S, S)` and captions, with the labels of the drawn shapes."""
     files = {"train_file": flags.train_file, "validation_file": flags.validation_file}
     splits = load_pairs(DataArguments(dataset_name="shapes") if flags.data == "shapes" else DataArguments(**files))
+    if flags.data == "noto-emoji":
+        splits = fresh_split(splits)
     found: dict[str, Any] = {}
     for split, rows in splits.items():
         images = [image if hasattr(image, "mode") else read_image(image["bytes"], None) for image in rows["image"]]
@@ -116,6 +122,28 @@ def load(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.data == "shapes":
         found["labels"] = {name: torch.tensor(splits["validation"][name][:]) for name in PROMPTS}
     return found
+
+
+def fresh_split(splits: DatasetDict) -> DatasetDict:
+    """As many held-out pairs as the published split has, drawn from its training pairs, the rest to train on.
+
+    The method and its settings were chosen on the published held-out pairs, so they can confirm nothing. As there,
+    every word of a held-out caption occurs in training.
+    """
+    train, chosen_on = splits["train"], splits["validation"]
+    words = [set(caption.lower().split()) for caption in train["caption"]]
+    left = Counter(
+        word for caption in [*train["caption"], *chosen_on["caption"]] for word in set(caption.lower().split())
+    )
+    held_out: list[int] = []
+    for row in np.random.default_rng(SPLIT_SEED).permutation(len(train)).tolist():
+        if len(held_out) < len(chosen_on) and all(left[word] > 1 for word in words[row]):
+            held_out.append(row)
+            left.subtract(words[row])
+    rest = sorted(set(range(len(train))) - set(held_out))
+    return DatasetDict(
+        train=concatenate_datasets([train.select(rest), chosen_on]), validation=train.select(sorted(held_out))
+    )
 
 
 def build_model(arm: str, tokenizer: Any) -> MLIPModel:
@@ -199,13 +227,13 @@ def train_one(flags: argparse.Namespace, arm: str, seed: int, steps: int) -> dic
         start = time.process_time()
         trainer.train()
     trained = time.process_time() - start
-    ratios = sorted({*INFERENCE_RATIOS, model.config.merge_ratio}) if arm.startswith("MLIP") else [None]
+    ratios = sorted({*INFERENCE_RATIOS, model.config.merge_ratio}) if arm in SWEPT else [None]
     at = {}
     for ratio in ratios:
         if ratio is not None:
             model.set_merge_ratio(ratio)
         at["trained" if ratio is None else f"{ratio:g}"] = evaluate(flags, model, tokenizer, data)
-    own = at[f"{ARMS[arm].get('merge_ratio', 0):g}"] if arm.startswith("MLIP") else at["trained"]
+    own = at[f"{ARMS[arm].get('merge_ratio', 0):g}"] if arm in SWEPT else at["trained"]
     return {"arm": arm, "seed": seed, "steps": steps, "cpu_seconds": round(trained, 1), **own, "at_ratio": at}
 
 
