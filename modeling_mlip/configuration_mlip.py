@@ -83,7 +83,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
         merge_importance_weight: what one standard deviation of importance counts against cosine similarity when pairs
             are ranked; 0 leaves the guide out.
         frequency_layers: blocks of the frequency stage; 0 removes it.
-        frequency_hidden_size: its width; `None` is half of `hidden_size`.
+        frequency_hidden_size: its width; `None` is a quarter of `hidden_size`.
         pooling: `"class"` takes the class token; `"mean"` the mean over patch tokens, weighted by size (CLIPA).
         use_pre_layernorm: `False` leaves out the LayerNorm before the encoder (CLIPA).
         layer_scale_init_value: start of a learned per-channel scale on both residual branches; `None` leaves it out.
@@ -107,7 +107,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
 
     def __post_init__(self, **kwargs):
         if self.frequency_hidden_size is None:
-            self.frequency_hidden_size = self.hidden_size // 2
+            self.frequency_hidden_size = self.hidden_size // 4
         super().__post_init__(**kwargs)
 
     @property

@@ -52,7 +52,7 @@ from .token_merging import (
     z_score,
 )
 
-# The MLP of a frequency block widens by this much: with more, two blocks cost over 3 % of a ViT-B/16.
+# The MLP of a frequency block widens by this much.
 FREQUENCY_MLP_RATIO = 2
 # Of the tokens that a stage removes, so many go in one round of matching: with half, as in ToMe, tokens that resemble
 # none have to go too, which costs about three points of recall where half of them go in one stage.

@@ -88,6 +88,22 @@ def test_every_parameter_learns(batch, merge_ratio):
     assert not [name for name in unmoved if "k_proj.bias" not in name]
 
 
+def test_the_frequency_stage_sees_which_frequencies_a_patch_holds_neither_where_nor_how_strong():
+    """Of patches well above the floor of the logarithm; the tower's own embedding sees all of it."""
+    model = small_model(vision={"patch_size": 8})
+    torch.manual_seed(0)
+    patches = 50 * torch.randn(2, 3, 4, 4, 8, 8)
+    variants = {"as they are": patches, "moved": patches.roll((3, 2), dims=(4, 5)), "stronger": 20 * patches}
+    variants["others"] = 50 * torch.randn_like(patches)
+    images = {name: x.permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 32, 32) for name, x in variants.items()}
+    seen = {name: model.vision_model(pixels).frequency_hidden_state for name, pixels in images.items()}
+    torch.testing.assert_close(seen["moved"], seen["as they are"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(seen["stronger"], seen["as they are"], rtol=0, atol=0.02)
+    assert (seen["others"] - seen["as they are"]).abs().max() > 0.1
+    embedded = {name: model.vision_model.embeddings(pixels) for name, pixels in images.items()}
+    assert all((embedded[name] - embedded["as they are"]).abs().max() > 1 for name in ("moved", "stronger"))
+
+
 def test_what_the_configuration_leaves_out_is_not_made():
     model = small_model(vision={"frequency_layers": 0}, token_loss_weight=0.0)
     assert not [name for name, _ in model.named_parameters() if any(part in name for part in OWN_PARTS)]
@@ -101,7 +117,7 @@ def test_merging_keeps_the_promised_share_and_counts_every_patch(batch):
     outputs = model.get_image_features(batch["pixel_values"], output_token_map=True)
     num_left = round(64 * 0.3)
     assert outputs.last_hidden_state.shape == (5, 1 + num_left, 32)
-    assert outputs.frequency_hidden_state.shape == (5, num_left, 16)
+    assert outputs.frequency_hidden_state.shape == (5, num_left, 8)
     assert outputs.token_sizes.shape == (5, num_left)
     assert (outputs.token_sizes.sum(dim=1) == 64).all()
     assert outputs.token_map.shape == (5, 64)

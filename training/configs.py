@@ -21,7 +21,7 @@ NAMED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "tiny": (
         dict(
             **dict(image_size=64, patch_size=8, hidden_size=192, num_hidden_layers=6, num_attention_heads=3),
-            **dict(merge_layers=[0], frequency_layers=1, frequency_hidden_size=48),
+            **dict(merge_layers=[0], frequency_layers=1),
         ),
         dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=32),
         192,
