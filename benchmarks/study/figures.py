@@ -24,7 +24,10 @@ MEASURES = {
     "noto-emoji": ("recall@1", "recall@1, mean of both directions"),
     "shapes": ("texture_accuracy", "textures told"),
 }
-SHOWN = ("text_to_image_recall@1", "image_to_text_recall@1", "recall@1", "texture_accuracy", "shape_accuracy")
+SHOWN = (
+    *("text_to_image_recall@1", "image_to_text_recall@1", "recall@1"),
+    *("colour_accuracy", "texture_accuracy", "shape_accuracy"),
+)
 
 
 def mean_and_spread(values: list[float]) -> str:
