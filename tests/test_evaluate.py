@@ -138,6 +138,10 @@ def test_few_shots_are_so_many_of_each_class_and_more_of_them_help():
     test, test_labels = blobs(20, 2)
     one, many = (few_shot(train, labels, test, test_labels, 7, shots, seeds=4) for shots in (1, 16))
     assert one["accuracy@1"] + 5 < many["accuracy@1"] < 100 and one["accuracy_spread"] > 0
+    for seed in range(3):
+        needed = torch.cat([draw_shots(labels, 4, seed), torch.arange(0, 210, 9)]).unique()
+        among_fewer = needed[draw_shots(labels[needed], 4, seed, rows=needed)]
+        assert set(among_fewer.tolist()) == set(draw_shots(labels, 4, seed).tolist())
     with pytest.raises(ValueError, match="--shots 31: class 0 has 30 images"):
         draw_shots(labels, 31, seed=0)
 
@@ -148,10 +152,10 @@ def test_probes_of_the_command_classify_the_validation_split(sources, files, tmp
     for name in ("linear_probe_label_accuracy@1", "few_shot_label_2_shots_accuracy@1"):
         assert 0 <= found[name] <= 100
     assert "few_shot_label_8_shots_accuracy_spread" in found
-    alone = evaluate(sources["mlip"], tmp_path, *flags)  # encodes the images drawn alone
-    assert alone["few_shot_label_8_shots_accuracy@1"] == pytest.approx(
-        found["few_shot_label_8_shots_accuracy@1"], abs=5
-    )
+    alone = evaluate(sources["mlip"], tmp_path, *flags)  # encodes the images drawn alone, in other batches
+    for shots in (2, 8):
+        name = f"few_shot_label_{shots}_shots_accuracy@1"
+        assert alone[name] == pytest.approx(found[name], abs=1.3)  # one of 80 predictions
     card = ModelCard.load(f"{sources['mlip']}/README.md")
     results = {result.metric_name: result for result in card.data.eval_results}
     mine = results["linear probe label accuracy@1 (%) at merge ratio 0.5"]

@@ -113,7 +113,11 @@ def test_a_run_leaves_all_that_its_summary_says(trained, capsys):
     for part in ("loss", "spatial_loss", "frequency_loss", "token_loss", "logit_scale", "token_logit_scale"):
         assert sum(part in entry for entry in history) == 4, part
     first = history[0]
-    total = first["spatial_loss"] + 0.2 * first["frequency_loss"] + 0.5 * first["token_loss"]
+    weights = json.load(open(os.path.join(trained, "config.json")))
+    total = first["spatial_loss"] + sum(
+        weights[f"{part}_weight"] * first[part] for part in ("frequency_loss", "token_loss")
+    )
+    assert first["loss"] > first["spatial_loss"] + 0.05
     assert first["loss"] == pytest.approx(total, rel=1e-4)
 
 

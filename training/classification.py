@@ -257,9 +257,10 @@ def few_shot(
     classes: int,
     shots: int,
     seeds: int,
+    rows: Tensor | None = None,
 ) -> dict[str, float]:
     """`accuracy@1` of logistic regression on `shots` images of each class, its mean over draws of them, and
-    `accuracy_spread`, its standard deviation; in percent.
+    `accuracy_spread`, its standard deviation; in percent. `rows` as in `draw_shots`.
 
     Raises:
         ImportError: without scikit-learn.
@@ -267,20 +268,25 @@ def few_shot(
     require_sklearn()
     found = []
     for seed in logging.tqdm(range(seeds), desc=f"{shots} shots", unit="seed"):
-        chosen = draw_shots(train_labels, shots, seed)
+        chosen = draw_shots(train_labels, shots, seed, rows=rows)
         rank = _ranks(train[chosen], train_labels[chosen], test, test_labels, classes, FEW_SHOT_C)
         found.append(accuracy_metrics(rank, test_labels, classes)["accuracy@1"])
     return {"accuracy@1": float(np.mean(found)), "accuracy_spread": float(np.std(found, ddof=seeds > 1))}
 
 
-def draw_shots(labels: Tensor, shots: int, seed: int, names: Sequence[str] | None = None) -> Tensor:
-    """Rows of `shots` images of each class that occurs in `labels` `(R,)`; more shots of a seed contain the fewer.
+def draw_shots(
+    labels: Tensor, shots: int, seed: int, names: Sequence[str] | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """Places of `shots` images of each class that occurs in `labels` `(R,)`; more shots of a seed contain the fewer.
+
+    `rows` `(R,)` tells which rows of the split the labels belong to, the first R if not given: a seed draws the same
+    images whichever others are there.
 
     Raises:
         ValueError: for a class with fewer images.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
+    rows = torch.arange(len(labels)) if rows is None else rows
+    order = torch.from_numpy(np.random.default_rng(seed).random(int(rows.max()) + 1)[rows.numpy()].argsort())
     chosen = []
     for label in labels.unique().tolist():
         rows = order[labels[order] == label]

@@ -413,7 +413,7 @@ def probe_metrics(
             found = linear_probe(*features)
             metrics |= {f"linear_probe_{classes.column}_{name}": value for name, value in found.items()}
         for shots in args.shots:
-            found = few_shot(*features, shots=shots, seeds=args.seeds)
+            found = few_shot(*features, shots=shots, seeds=args.seeds, rows=needed[trained.image_rows])
             metrics |= {f"few_shot_{classes.column}_{shots}_shots_{name}": value for name, value in found.items()}
     return metrics
 
