@@ -193,7 +193,7 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
     initializer_factor: float = 1.0
-    frequency_loss_weight: float | int = 0.2
+    frequency_loss_weight: float | int = 1.0
     token_loss_weight: float | int = 0.1
     token_loss_group_size: int | None = 32
     token_loss_frequency: bool = False

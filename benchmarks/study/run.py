@@ -54,6 +54,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "MLIP, no frequency": {**HALF, **FALLING, "frequency_layers": 0, "frequency_loss_weight": 0},
     "MLIP, no token loss": {**HALF, **FALLING, "token_loss_weight": 0},
     "MLIP, no guide": {**HALF, **FALLING, "merge_importance_weight": 0},
+    "MLIP, frequency loss 0.2": {**HALF, **FALLING, "frequency_loss_weight": 0.2},
+    "MLIP, frequency loss 0.2, no token loss": {
+        **HALF,
+        **FALLING,
+        **{"frequency_loss_weight": 0.2, "token_loss_weight": 0},
+    },
     "MLIP, no falling ratio": HALF,
     "MLIP, no merging": {},
     "MLIP at 0.3": {"merge_ratio": 0.3, **FALLING},
