@@ -148,7 +148,7 @@ def merge_step(assignment: torch.Tensor, weights: torch.Tensor, num_new: int, dt
         dtype: of the tokens.
 
     Returns:
-        the matrix in `dtype`, its sums in at least float32; where weights are sizes, these are the new sizes.
+        the matrix in `dtype`, its sums in at least float32.
     """
     matrix = assignment_matrix(assignment, num_new, dtype) * weights[:, None, :].to(dtype)
     return MergeStep(matrix, matrix.sum(dim=-1, keepdim=True, dtype=torch.promote_types(dtype, torch.float32)))

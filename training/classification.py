@@ -286,14 +286,15 @@ def draw_shots(
         ValueError: for a class with fewer images.
     """
     rows = torch.arange(len(labels)) if rows is None else rows
-    order = torch.from_numpy(np.random.default_rng(seed).random(int(rows.max()) + 1)[rows.numpy()].argsort())
+    lots = np.random.default_rng(seed).random(int(rows.max()) + 1)  # one for every row of the split, there or not
+    order = torch.from_numpy(lots[rows.numpy()].argsort())
     chosen = []
     for label in labels.unique().tolist():
-        rows = order[labels[order] == label]
-        if len(rows) < shots:
+        places = order[labels[order] == label]
+        if len(places) < shots:
             name = f"class {names[label]!r}" if names else f"class {label}"
-            raise ValueError(f"--shots {shots}: {name} has {len(rows)} images to train on; choose at most as many.")
-        chosen.append(rows[:shots])
+            raise ValueError(f"--shots {shots}: {name} has {len(places)} images to train on; choose at most as many.")
+        chosen.append(places[:shots])
     return torch.cat(chosen)
 
 

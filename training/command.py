@@ -46,10 +46,11 @@ def run() -> NoReturn:
     """The program `mlip`: `main`, what is registered to happen at exit, and the end, without Python's own teardown.
 
     While Python tears itself down, a thread of Arrow that lets go of a stream's file would abort the process after all
-    its work was done (apache/arrow#45214). Children of multiprocessing end in the same way.
+    its work was done (apache/arrow#45214). What Python does before its teardown is done here, in its order, as
+    multiprocessing ends a child: joining threads one by one would wait forever for those of an idle executor.
     """
     status = main()
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads that are no daemons
+    threading._shutdown()  # type: ignore[attr-defined]  # of CPython; its stubs leave it out
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

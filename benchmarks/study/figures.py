@@ -19,7 +19,7 @@ from run import steps_of  # noqa: E402
 
 FOLDER = Path(__file__).parent
 IMAGES = FOLDER.parent.parent / "docs" / "images"
-# What the figure and the table over merge ratios show: of the drawn shapes what their captions differ in.
+# What the figure and the table over merge ratios show; shapes are learned by no arm, colours by all.
 MEASURES = {
     "noto-emoji": ("recall@1", "recall@1, mean of both directions"),
     "shapes": ("texture_accuracy", "textures told"),
