@@ -1,5 +1,6 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Speed of MLIP as ratios against CLIP (transformers and open_clip), ToMe (on a timm ViT) and ELIP, all in one run.
+"""Speed of MLIP as ratios against CLIP (transformers and open_clip), ToMe (on a timm ViT) and ELIP (this project's way
+of merging and its authors' own), all in one run.
 
     python benchmarks/speed.py --config_name vit-b-16 --batch_size 1 8     # images/s of the vision tower
     python benchmarks/speed.py --training                                  # pairs/s and peak memory of a training step
@@ -12,8 +13,9 @@ and attention (fused or not); FFTs, norms and sorting are time but no FLOPs. Ran
 them. `--clock cpu` counts the time that this process gets, for a machine that others work on too; use it with
 OMP_NUM_THREADS=1, because waiting threads count as working.
 
-ToMe is taken from the Python path where it is found:
-    git clone https://github.com/facebookresearch/ToMe && PYTHONPATH=ToMe python benchmarks/speed.py
+ToMe and ELIP's own ViT are taken from the Python path where they are found:
+    git clone https://github.com/facebookresearch/ToMe && git clone https://github.com/guoyang9/ELIP
+    PYTHONPATH=ToMe:ELIP/ALBEF python benchmarks/speed.py
 """
 
 import argparse
@@ -55,7 +57,8 @@ from modeling_mlip.training.report import format_table
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 CLIP, OPEN_CLIP, TIMM = "CLIP (transformers)", "CLIP (open_clip)", "ViT (timm)"
 MLIP, PLAIN, ELIP, TOME = "MLIP", "MLIP, no frequency stage", "ELIP", "ToMe (timm)"
-METHODS = (CLIP, OPEN_CLIP, TIMM, PLAIN, MLIP, ELIP, TOME)
+AUTHORS_ELIP = "ELIP (its authors')"
+METHODS = (CLIP, OPEN_CLIP, TIMM, PLAIN, MLIP, ELIP, TOME, AUTHORS_ELIP)
 PLACEMENTS = ("three", "early", "every")
 CAPTION_LENGTHS = (10, 20)  # real tokens, BOS and EOS included
 # ELIP is CLIP with fewer tokens: no frequency stage and CLIP's loss.
@@ -169,6 +172,37 @@ class Bench:
         )
         return self._place(self._with_timm_tower(tower) if self.whole else tower)
 
+    def authors_elip(self, contestant: Contestant) -> nn.Module:
+        """ELIP's published ViT, after the same layers and with as many tokens left as MLIP's.
+
+        At each stage it runs the layers up to the next one (their settings: 2, 6 and 2 layers at 2, 4 and 10) ahead of
+        time without gradients, and what the class token attends to there stays.
+        """
+        from models.vit import VisionTransformer
+
+        vision, removed = self.config.vision_config, self.removed(contestant)
+        stages = [layer + 1 for layer, number in enumerate(removed) if number > 0]
+        patches = (vision.image_size // vision.patch_size) ** 2
+        left = [patches - sum(removed[:stage]) for stage in stages]
+        tower = VisionTransformer(
+            img_size=vision.image_size,
+            patch_size=vision.patch_size,
+            embed_dim=vision.hidden_size,
+            depth=vision.num_hidden_layers,
+            num_heads=vision.num_attention_heads,
+            mlp_ratio=vision.intermediate_size / vision.hidden_size,
+            prune_state={
+                "begin_layer": stages,
+                "num_act_layers": [
+                    end - start for start, end in itertools.pairwise([*stages, vision.num_hidden_layers])
+                ],
+                "num_keep_tokens": [count - 1 for count in left],  # beside the fused one
+            },
+        )
+        caption = torch.randn(self.batch_size, vision.hidden_size, device=self.pixels.device, dtype=self.pixels.dtype)
+        tower.forward = functools.partial(tower.forward, text_cls=caption)
+        return self._place(tower)
+
     def _with_timm_tower(self, tower: nn.Module) -> nn.Module:
         """open_clip's model with this vision tower."""
         model = share(self.open_clip)
@@ -199,6 +233,8 @@ class Bench:
 
     def model(self, contestant: Contestant) -> nn.Module:
         """The contestant's model; those of one method share their weights."""
+        if contestant.method == AUTHORS_ELIP:
+            return self.authors_elip(contestant)
         base = {CLIP: "clip", OPEN_CLIP: "open_clip", TIMM: "timm", TOME: "timm", MLIP: "mlip"}
         model = getattr(self, base.get(contestant.method, "like_clip"))
         if contestant.merge_ratio == 0:
@@ -254,7 +290,7 @@ def share(model: nn.Module) -> nn.Module:
 
 def contestants(flags: argparse.Namespace) -> list[Contestant]:
     """All that flags ask for and this machine has; what is left out is said."""
-    needs = {OPEN_CLIP: ("open_clip",), TIMM: ("timm",), TOME: ("timm", "tome")}
+    needs = {OPEN_CLIP: ("open_clip",), TIMM: ("timm",), TOME: ("timm", "tome"), AUTHORS_ELIP: ("timm", "models.vit")}
     if flags.training:
         needs |= {TIMM: ("timm", "open_clip"), TOME: ("timm", "open_clip", "tome")}
     methods = []
@@ -268,7 +304,9 @@ def contestants(flags: argparse.Namespace) -> list[Contestant]:
         methods.append(method)
     merging = [Contestant(m, r, p) for p in flags.placements for r in flags.merge_ratios if r > 0
                for m in (MLIP, ELIP, TOME) if m in methods]  # fmt: skip
-    return [Contestant(method) for method in methods if method not in (ELIP, TOME)] + merging
+    if AUTHORS_ELIP in methods and "three" in flags.placements and not flags.training:
+        merging += [Contestant(AUTHORS_ELIP, ratio, "three") for ratio in flags.merge_ratios if ratio > 0]
+    return [Contestant(method) for method in methods if method not in (ELIP, TOME, AUTHORS_ELIP)] + merging
 
 
 def importable(name: str) -> bool:
@@ -302,10 +340,12 @@ def rounds_of(runners: dict[Any, Callable[[], Any]], flags: argparse.Namespace) 
     """Seconds of each runner in each round."""
     taken: dict[Any, list[float]] = {key: [] for key in runners}
     order, shuffle = list(runners), random.Random(0).shuffle
-    for _ in tqdm(range(flags.rounds), desc="rounds"):
+    for number in tqdm(range(flags.rounds + 1), desc="rounds"):
         shuffle(order)
         for key in order:
-            taken[key].append(turn(runners[key], flags))
+            seconds = turn(runners[key], flags)
+            if number > 0:  # the first round still warms up
+                taken[key].append(seconds)
     return taken
 
 
@@ -328,10 +368,13 @@ def measure_speed(flags: argparse.Namespace) -> list[dict[str, Any]]:
     for one in tqdm(everyone, desc="warm-up"):
         model = bench.model(one)
         with FlopCounterMode(display=False) as counter:
-            bench.runner(one, model)()  # a warm-up too
+            output = bench.runner(one, model)()  # a warm-up too
         flops[one] = counter.get_total_flops()
         if one.method == TOME:
-            check_tome(bench, one, model)
+            tower = model.visual[0] if bench.whole else model
+            check_tokens(bench, one, tower._tome_info["size"].shape[1])
+        elif one.method == AUTHORS_ELIP:
+            check_tokens(bench, one, output.shape[1])
         if flags.compile:
             model = torch.compile(model)
             for _ in range(3):  # compiles, and again where the first call left something that guards look at
@@ -358,13 +401,12 @@ def measure_speed(flags: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def check_tome(bench: Bench, contestant: Contestant, model: nn.Module) -> None:
-    tower = model.visual[0] if bench.whole else model
-    left = tower._tome_info["size"].shape[1] - 1
+def check_tokens(bench: Bench, contestant: Contestant, left: int) -> None:
+    """That another's way of merging left as many tokens as MLIP's, the class token included."""
     vision = bench.config.vision_config
-    expected = (vision.image_size // vision.patch_size) ** 2 - sum(bench.removed(contestant))
+    expected = 1 + (vision.image_size // vision.patch_size) ** 2 - sum(bench.removed(contestant))
     if left != expected:
-        raise RuntimeError(f"ToMe left {left} patch tokens where MLIP leaves {expected} ({contestant}).")
+        raise RuntimeError(f"{contestant.method} left {left} tokens where MLIP leaves {expected} ({contestant}).")
 
 
 def peak_memory(everyone: list[Contestant], flags: argparse.Namespace) -> dict[Contestant, float]:
@@ -539,7 +581,7 @@ def draw(entries: list[dict[str, Any]], target: Path) -> None:
     lines = -(-len(entries) // columns)
     figure = Figure(figsize=(4.6 * columns, 4.4 * lines + 0.6), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    colours = {MLIP: "tab:blue", ELIP: "tab:orange", TOME: "tab:green"}
+    colours = {MLIP: "tab:blue", ELIP: "tab:orange", TOME: "tab:green", AUTHORS_ELIP: "tab:red"}
     markers = {"three": "o", "early": "^", "every": "s", "": "x"}
     for axis in axes[len(entries) :]:
         axis.set_axis_off()

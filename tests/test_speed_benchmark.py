@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,33 @@ def test_contestants_of_one_method_share_weights_and_not_settings(speed):
     with torch.inference_mode():
         assert plain(bench.pixels).token_sizes.shape[1] == 64
         assert merging(bench.pixels).token_sizes.shape[1] == round(64 * 0.3)
+
+
+def test_elip_of_its_authors_prunes_after_the_same_layers_to_as_many_tokens(speed, monkeypatch):
+    made = {}
+
+    class VisionTransformer(torch.nn.Module):
+        def __init__(self, **settings):
+            super().__init__()
+            made.update(settings)
+
+        def forward(self, pixels, text_cls=None):
+            assert text_cls.shape == (1, 768)
+
+    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models"))
+    monkeypatch.setitem(sys.modules, "models.vit", types.SimpleNamespace(VisionTransformer=VisionTransformer))
+    flags = speed.parse_flags(["--device", "cpu", "--methods", speed.AUTHORS_ELIP, "--merge_ratios", "0.5"])
+    flags.config_name, flags.batch_size = "vit-b-16", 1
+    _, own = speed.contestants(flags)
+    assert own == speed.Contestant(speed.AUTHORS_ELIP, 0.5, "three")
+    bench = speed.Bench(flags)
+    bench.model(own)(bench.pixels)
+    assert made["prune_state"] == {
+        "begin_layer": [4, 7, 10],
+        "num_act_layers": [3, 3, 2],  # up to the next stage, and to the end
+        "num_keep_tokens": [155, 122, 97],  # beside the fused one, of 196 at first
+    }
+    assert (made["patch_size"], made["depth"], made["num_heads"]) == (16, 12, 12)
 
 
 def test_captions_have_ten_to_twenty_tokens_and_are_padded_as_asked(speed):
