@@ -71,7 +71,7 @@ TOWER_PARTS = (
     (modeling.MLIPVisionAttention, "forward", "attention"),
     (modeling.MLIPVisionAttention, "_guide", "matching"),
     (modeling.MLIPVisionLayer, "_match", "matching"),
-    (modeling, "merge_step", "merging"),
+    (modeling, "merge_matrix", "merging"),
     (modeling, "merge_tokens", "merging"),
     (modeling, "merge_sizes", "merging"),
     (modeling.MLIPVisionEncoder, "size_bias", "log of sizes"),

@@ -5,6 +5,8 @@ They extend transformers' CLIP configurations, so every CLIP key keeps its name,
 """
 
 import copy
+import math
+from typing import Any
 
 import transformers
 from packaging.version import Version
@@ -21,6 +23,7 @@ from transformers import PreTrainedConfig  # noqa: E402
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 
 MERGE_METHODS = ("mlip", "tome", "elip")
+CLIP_VOCABULARY = 49408
 # Vision keys that MLIPConfig takes and shows as its own; their one home is the vision config.
 VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers")
 # Which model each Auto class makes of a configuration, here and where only the saved files are; by `model_type`.
@@ -43,6 +46,15 @@ class NamesAutoClasses:
         super().save_pretrained(save_directory, **kwargs)
 
 
+def mend_eos(text_config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a CLIP text tower with the right `eos_token_id`: early configurations say 2, and CLIP then pools at
+    the largest id of a text, which is its EOS."""
+    if text_config.get("eos_token_id", CLIPTextConfig().eos_token_id) != 2:
+        return text_config
+    last = min(text_config.get("vocab_size", CLIP_VOCABULARY), CLIP_VOCABULARY) - 1  # tokens added later come after it
+    return {**text_config, "eos_token_id": last, "bos_token_id": last - 1}
+
+
 @strict
 class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
     r"""Text tower: CLIP's, with three keys that some OpenCLIP checkpoints need.
@@ -61,10 +73,19 @@ class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
 
     pooling: str = "eos"
     use_causal_mask: bool = True
-    layer_scale_init_value: float | None = None
+    layer_scale_init_value: float | int | None = None
+    initializer_factor: float | int = 1.0
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        is_clip = config_dict.get("model_type") == CLIPTextConfig.model_type
+        return super().from_dict(mend_eos(config_dict) if is_clip else config_dict, **kwargs)
 
     def validate_pooling(self):
         _validate_choice("pooling", self.pooling, ("eos", "last"))
+        if not isinstance(self.eos_token_id, int):
+            raise ValueError(f"eos_token_id={self.eos_token_id!r}: give the one id that texts end with.")
+        _validate_at_least(self, 1, "vocab_size", "max_position_embeddings", "num_hidden_layers")
 
 
 @strict
@@ -103,7 +124,8 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     frequency_hidden_size: int | None = None
     pooling: str = "class"
     use_pre_layernorm: bool = True
-    layer_scale_init_value: float | None = None
+    layer_scale_init_value: float | int | None = None
+    initializer_factor: float | int = 1.0
 
     def __post_init__(self, **kwargs):
         if self.frequency_hidden_size is None:
@@ -121,6 +143,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
         for name in ("image_size", "patch_size"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r}: MLIP takes square images and patches, one integer.")
+        _validate_at_least(self, 1, "image_size", "patch_size", "num_hidden_layers", "frequency_hidden_size")
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             raise ValueError(
@@ -137,6 +160,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
                 f"merge_ratio={self.merge_ratio} is not a share of tokens: choose 0 <= merge_ratio < 1, "
                 "for example 0.5 to merge half of the patch tokens away."
             )
+        _validate_at_least(self, 1, "image_size", "patch_size")
         num_patches = (self.image_size // self.patch_size) ** 2
         if round(num_patches * (1 - self.merge_ratio)) < 1:
             raise ValueError(
@@ -146,6 +170,10 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
         _validate_choice("merge_method", self.merge_method, MERGE_METHODS)
         if not 0 <= self.merge_caption_weight <= 1:
             raise ValueError(f"merge_caption_weight={self.merge_caption_weight}: choose a share from 0 to 1.")
+        if not 0 <= self.merge_importance_weight < math.inf:
+            raise ValueError(
+                f"merge_importance_weight={self.merge_importance_weight}: choose 0 (no guide) or a positive weight."
+            )
         for layer in self.merge_layers if self.merge_layers is not None else []:
             if not 0 <= layer < self.num_hidden_layers:
                 raise ValueError(
@@ -164,9 +192,9 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
         text_config: `MLIPTextConfig`, or a dictionary of its keys.
         vision_config: `MLIPVisionConfig`, or a dictionary of its keys. `merge_ratio`, `merge_layers`, `merge_method`
             and `frequency_layers` may also be given to, read from and set on this config, which hands them on.
-        projection_dim: width of the space that both towers share.
+        projection_dim: width of the space that both towers share; handed on to their configurations.
         logit_scale_init_value: start of the three temperatures, log(1/0.07).
-        initializer_factor: scales the standard deviation of all initial weights.
+        initializer_factor: scales the standard deviation of the initial projections; each tower has its own.
         frequency_loss_weight: weight of InfoNCE between the frequency embedding and the caption; 0 leaves it out.
         token_loss_weight: weight of the token-level loss; 0 leaves it out.
         token_loss_group_size: pairs that the token-level loss compares with each other, groups of consecutive ones in
@@ -192,7 +220,7 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
     vision_config: dict | MLIPVisionConfig | None = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
-    initializer_factor: float = 1.0
+    initializer_factor: float | int = 1.0
     frequency_loss_weight: float | int = 1.0
     token_loss_weight: float | int = 0.1
     token_loss_group_size: int | None = 32
@@ -205,13 +233,22 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
             vision = vision.to_dict() if isinstance(vision, PreTrainedConfig) else copy.copy(vision or {})
             self.vision_config = {**vision, **shortcuts}
         super().__post_init__(**kwargs)
+        for name in ("text_config", "vision_config"):
+            if getattr(self, name).projection_dim != self.projection_dim:
+                tower = copy.copy(getattr(self, name))
+                tower.projection_dim = self.projection_dim
+                setattr(self, name, tower)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        if config_dict.get("model_type") == CLIPConfig.model_type and config_dict.get("text_config"):
+            config_dict = {**config_dict, "text_config": mend_eos(config_dict["text_config"])}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_clip_config(cls, clip_config: CLIPConfig, **overrides) -> "MLIPConfig":
         """The same model as an MLIP one, with this class's defaults for what CLIP does not have."""
-        text, vision = clip_config.text_config.to_dict(), clip_config.vision_config.to_dict()
-        if text["eos_token_id"] == 2:  # a mistake in early configurations, which CLIP models make up for by argmax
-            text["eos_token_id"], text["bos_token_id"] = text["vocab_size"] - 1, text["vocab_size"] - 2
+        text, vision = mend_eos(clip_config.text_config.to_dict()), clip_config.vision_config.to_dict()
         for tower in (text, vision):
             tower.pop("model_type")
         return cls(
@@ -223,7 +260,7 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
 
     def validate_losses(self):
         for name in ("frequency_loss_weight", "token_loss_weight"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 (loss left out) or a positive weight.")
         if self.token_loss_group_size is not None and self.token_loss_group_size < 2:
             raise ValueError(
@@ -251,6 +288,12 @@ for _key in VISION_SHORTCUTS:
 # What is saved carries the code, so that it loads where this package is not installed.
 for _config in (MLIPTextConfig, MLIPVisionConfig, MLIPConfig):
     _config.register_for_auto_class()
+
+
+def _validate_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)}: choose {least} or more.")
 
 
 def _validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

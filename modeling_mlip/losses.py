@@ -8,7 +8,7 @@ P width of the shared space.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -60,8 +60,12 @@ def info_nce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def temperature(logit_scale: torch.Tensor) -> torch.Tensor:
-    """exp of the learned scale, at most 100 (Radford et al. 2021, arXiv 2103.00020, section 2.5)."""
-    return logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+    """exp of the learned scale, at most 100 (Radford et al. 2021, arXiv 2103.00020, section 2.5).
+
+    The cap is on the value alone: with its gradient cut off, a scale that once reaches the cap could never come back.
+    """
+    capped = logit_scale + (logit_scale.clamp(max=MAX_LOGIT_SCALE) - logit_scale).detach()
+    return capped.exp()
 
 
 def instance_loss(
@@ -235,6 +239,13 @@ class PairEmbeddings(NamedTuple):
     image_keys: torch.Tensor | None = None  # (R,) int64, equal for equal images
     frequency_embeds: torch.Tensor | None = None  # (R, P)
     tokens: TokenEmbeddings | None = None
+
+
+def pairs_on(device: torch.device, pairs: Any) -> Any:
+    """The same named tuple with every tensor on one device, which a model on several needs."""
+    if isinstance(pairs, torch.Tensor):
+        return pairs.to(device)
+    return type(pairs)(*(pairs_on(device, part) for part in pairs)) if isinstance(pairs, tuple) else pairs
 
 
 class TokenColumns(NamedTuple):

@@ -34,20 +34,20 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
 from .frequency import apply_spectral_filter, half_spectrum_shape, log_amplitude, resize_spectral_filter
-from .losses import PairColumns, PairEmbeddings, TokenEmbeddings, caption_keys, multi_level_loss
+from .losses import PairColumns, PairEmbeddings, TokenEmbeddings, caption_keys, multi_level_loss, pairs_on
 from .token_merging import (
     compose,
     fuse_least_important,
     joint_similarity_features,
     match_tokens,
+    merge_matrix,
     merge_schedule,
     merge_sizes,
-    merge_step,
     merge_tokens,
     z_score,
 )
@@ -85,7 +85,7 @@ class MLIPVisionOutput(BaseModelOutputWithPooling):
 
 @dataclass
 class MLIPVisionModelOutput(ModelOutput):
-    r"""Output of `MLIPVisionModelWithProjection`: `image_embeds` `(B, P)`, and the fields of `MLIPVisionOutput`."""
+    r"""Output of `MLIPVisionModelWithProjection`: `image_embeds` `(B, P)`, and fields of `MLIPVisionOutput`."""
 
     image_embeds: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
@@ -180,7 +180,7 @@ class MLIPFrequencyStage(nn.Module):
         self, pixel_values: torch.Tensor, grid: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`(B, 3, height, width)` -> what to add to the patches `(B, N, D)`, features `(B, N, F)`, pooled `(B, F)`."""
-        pixel_values = pixel_values.to(self.input_projection.weight.dtype)
+        pixel_values = pixel_values.to(self.gate.dtype)  # of a parameter that is never quantised
         amplitude = log_amplitude(pixel_values, self.config.patch_size)
         states = self.input_projection(nn.functional.layer_norm(amplitude, amplitude.shape[-1:]))
         for layer in self.layers:
@@ -265,7 +265,7 @@ class MLIPVisionAttention(CLIPAttention):
         self, guide_states: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         query = self.q_proj(guide_states).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, h, 1, d)
-        with torch.autocast(device_type=keys.device.type, enabled=False):
+        with maybe_autocast(keys.device.type, enabled=False):
             query, keys = query.float(), keys.float()
             scores = query @ keys.transpose(2, 3) * self.scale  # (B, h, 1, S)
             if attention_mask is not None:
@@ -309,14 +309,15 @@ class MLIPVisionLayer(CLIPEncoderLayer):
         assignment = None
         if guide is not None:
             num_new = sizes.shape[1] - num_removed
-            assignment, weights = self._match(guide, frequency_states, frequency_importance, sizes, num_removed)
-            step = merge_step(assignment, weights, num_new, hidden_states.dtype)
-            patches = merge_tokens(hidden_states[:, 1:], step)
-            hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
-            if frequency_states is not None:
-                frequency_states = merge_tokens(frequency_states, step)
-                frequency_importance = merge_tokens(frequency_importance[..., None], step)[..., 0]
-            sizes = merge_sizes(sizes, assignment, num_new)
+            with maybe_autocast(hidden_states.device.type, enabled=False):  # sizes and the residual stream stay float32
+                assignment, weights = self._match(guide, frequency_states, frequency_importance, sizes, num_removed)
+                matrix = merge_matrix(assignment, weights, num_new)
+                patches = merge_tokens(hidden_states[:, 1:], matrix)
+                hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
+                if frequency_states is not None:
+                    frequency_states = merge_tokens(frequency_states, matrix)
+                    frequency_importance = merge_tokens(frequency_importance[..., None], matrix)[..., 0]
+                sizes = merge_sizes(sizes, assignment, num_new)
         branch = self.mlp(self.layer_norm2(hidden_states))
         hidden_states = hidden_states + scale_branch(branch, self.layer_scale2)
         return hidden_states, frequency_states, frequency_importance, sizes, assignment
@@ -343,19 +344,18 @@ class MLIPVisionLayer(CLIPEncoderLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The assignment `(B, N)`, and what each token counts `(B, N)` in the mean that it becomes part of."""
         keys, class_attention = guide
-        with torch.autocast(device_type=keys.device.type, enabled=False):
-            if self.config.merge_method == "elip":
-                weights = class_attention.clamp(min=torch.finfo(torch.float16).tiny)
-                return fuse_least_important(class_attention, num_removed), weights
-            if self.config.merge_method == "tome":
-                return match_tokens(joint_similarity_features(keys), None, num_removed), sizes
-            if frequency_states is None:
-                features, importance = joint_similarity_features(keys), z_score(class_attention)
-            else:
-                features = joint_similarity_features(keys, frequency_states.float())
-                importance = (z_score(class_attention) + z_score(frequency_importance)) / 2
-            importance = self.config.merge_importance_weight * importance
-            return match_tokens(features, importance, num_removed, MAX_SHARE_PER_ROUND), sizes
+        if self.config.merge_method == "elip":
+            weights = class_attention.clamp(min=torch.finfo(torch.float16).tiny)
+            return fuse_least_important(class_attention, num_removed), weights
+        if self.config.merge_method == "tome":
+            return match_tokens(joint_similarity_features(keys), None, num_removed), sizes
+        if frequency_states is None:
+            features, importance = joint_similarity_features(keys), z_score(class_attention)
+        else:
+            features = joint_similarity_features(keys, frequency_states.float())
+            importance = (z_score(class_attention) + z_score(frequency_importance)) / 2
+        importance = self.config.merge_importance_weight * importance
+        return match_tokens(features, importance, num_removed, MAX_SHARE_PER_ROUND), sizes
 
 
 # Encoders
@@ -407,7 +407,7 @@ class MLIPVisionEncoder(nn.Module):
             )
             if assignment is not None:
                 attention_mask = self.size_bias(sizes, hidden_states.dtype)
-                token_map = compose(token_map, assignment) if output_token_map else None
+                token_map = compose(token_map.to(assignment.device), assignment) if output_token_map else None
         return MLIPVisionOutput(
             last_hidden_state=hidden_states,
             frequency_hidden_state=frequency_states,
@@ -440,8 +440,15 @@ class MLIPVisionEncoder(nn.Module):
 # Models
 
 
+def init_weight(layer: nn.Module, std: float) -> None:
+    """Draws a layer's weight, if it has one: some ways of quantising take it away."""
+    if getattr(layer, "weight", None) is not None:
+        init.normal_(layer.weight, std=std)
+
+
 class MLIPPreTrainedModel(CLIPPreTrainedModel):
     config: MLIPConfig
+    accepts_loss_kwargs = False  # losses are means over the batch: Trainer divides them by the accumulation steps
     base_model_prefix = "mlip"
     input_modalities: tuple[str, ...] = ("image", "text")
     _no_split_modules = [
@@ -471,15 +478,16 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
         if isinstance(module, CLIPAttention):
             std = module.embed_dim**-0.5 * factor
             for projection in (module.q_proj, module.k_proj, module.v_proj):
-                init.normal_(projection.weight, std=std)
-            init.normal_(module.out_proj.weight, std=std * (2 * module.config.num_hidden_layers) ** -0.5)
+                init_weight(projection, std)
+            init_weight(module.out_proj, std * (2 * module.config.num_hidden_layers) ** -0.5)
         elif isinstance(module, MLIPFrequencyBlock):
             std = module.config.initializer_range * factor
-            for weight in (module.spectral_filter, module.fc1.weight, module.fc2.weight):
-                init.normal_(weight, std=std)
+            init.normal_(module.spectral_filter, std=std)
+            init_weight(module.fc1, std)
+            init_weight(module.fc2, std)
         elif isinstance(module, MLIPFrequencyStage):
-            init.normal_(module.input_projection.weight, std=module.input_projection.in_features**-0.5 * factor)
-            init.normal_(module.output_projection.weight, std=module.config.frequency_hidden_size**-0.5 * factor)
+            init_weight(module.input_projection, module.input_projection.in_features**-0.5 * factor)
+            init_weight(module.output_projection, module.config.frequency_hidden_size**-0.5 * factor)
             init.normal_(module.query, std=module.config.initializer_range * factor)
             init.zeros_(module.gate)
         elif isinstance(module, MLIPTextLayer | MLIPVisionLayer):
@@ -488,18 +496,18 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
                 init.constant_(module.layer_scale2, module.self_attn.config.layer_scale_init_value)
         elif isinstance(module, MLIPModel):
             for projection in module.projections():
-                init.normal_(projection.weight, std=projection.in_features**-0.5 * factor)
+                init_weight(projection, projection.in_features**-0.5 * factor)
             if module.token_frequency_projection is not None:  # small, so that spatial features lead at first
                 std = 0.1 * module.token_frequency_projection.in_features**-0.5 * factor
-                init.normal_(module.token_frequency_projection.weight, std=std)
+                init_weight(module.token_frequency_projection, std)
             for logit_scale in module.logit_scales().values():
                 init.constant_(logit_scale, self.config.logit_scale_init_value)
         elif isinstance(module, MLIPVisionModelWithProjection):
-            init.normal_(module.visual_projection.weight, std=self.config.hidden_size**-0.5 * factor)
+            init_weight(module.visual_projection, self.config.hidden_size**-0.5 * factor)
         elif isinstance(module, MLIPTextModelWithProjection):
-            init.normal_(module.text_projection.weight, std=self.config.hidden_size**-0.5 * factor)
+            init_weight(module.text_projection, self.config.hidden_size**-0.5 * factor)
         elif isinstance(module, MLIPForImageClassification) and isinstance(module.classifier, nn.Linear):
-            init.normal_(module.classifier.weight, std=self.config.vision_config.hidden_size**-0.5 * factor)
+            init_weight(module.classifier, self.config.vision_config.hidden_size**-0.5 * factor)
 
     def set_merge_ratio(self, merge_ratio: float) -> None:
         """Changes the share of patch tokens that merging removes, from the next call on; 0 turns merging off.
@@ -553,14 +561,23 @@ class MLIPTextModel(MLIPPreTrainedModel):
         if input_ids is None:
             raise ValueError("You have to specify input_ids")
         input_ids = input_ids.view(-1, input_ids.shape[-1])
+        missing = 0
         if self.config.pooling == "last":  # as trained: the last of all positions, padding included
             missing = self.config.max_position_embeddings - input_ids.shape[1]
+            if missing < 0:
+                raise ValueError(
+                    f"input_ids hold {input_ids.shape[1]} tokens, and this model takes at most "
+                    f"max_position_embeddings={self.config.max_position_embeddings}; cut them with truncation=True and "
+                    "that max_length."
+                )
+            if position_ids is not None:
+                raise ValueError('position_ids: pooling="last" pads the ids itself, and takes none.')
             input_ids = nn.functional.pad(input_ids, (0, missing), value=self.config.pad_token_id)
         hidden_states = self.embeddings(input_ids=input_ids, position_ids=position_ids)
         kwargs.pop("is_causal", None)
         if self.config.use_causal_mask:
-            if attention_mask is not None:
-                attention_mask = nn.functional.pad(attention_mask, (0, input_ids.shape[1] - attention_mask.shape[1]))
+            if attention_mask is not None and missing > 0:
+                attention_mask = nn.functional.pad(attention_mask, (0, missing))
             mask = create_causal_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
             )
@@ -633,6 +650,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
         frequency_states = pooled_frequency = frequency_importance = None
         if self.frequency is not None:
             injection, frequency_states, pooled_frequency = self.frequency(pixel_values, grid)
+            injection = injection.to(hidden_states.device)
             hidden_states = torch.cat([hidden_states[:, :1], hidden_states[:, 1:] + injection], dim=1)
             frequency_importance = self._frequency_importance(frequency_states, pooled_frequency)
         # Step (3): the encoder, with token merging
@@ -683,8 +701,6 @@ def size_weighted_mean(tokens: torch.Tensor, sizes: torch.Tensor) -> torch.Tenso
 
 class MLIPModel(MLIPPreTrainedModel):
     """Both towers, their projections, temperatures and losses. What the configuration leaves out is not made."""
-
-    accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides it by the accumulation steps
 
     def __init__(self, config: MLIPConfig):
         super().__init__(config)
@@ -766,8 +782,9 @@ class MLIPModel(MLIPPreTrainedModel):
         looks for what would make its embedding theirs. Mind that images then know their captions."""
         caption_states = None
         if text_embeds is not None:
-            weight = self.vision_model.post_layernorm.weight
-            caption_states = text_embeds.detach() @ (self.visual_projection.weight * weight).detach()  # (B, P) @ (P, D)
+            weight = self.visual_projection.weight.detach()  # (P, D)
+            weight = weight * self.vision_model.post_layernorm.weight.detach().to(weight.device)
+            caption_states = text_embeds.detach().to(weight.device) @ weight  # (B, P) @ (P, D)
         vision_outputs: MLIPVisionOutput = self.vision_model(
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -805,7 +822,17 @@ class MLIPModel(MLIPPreTrainedModel):
             return_pairs: returns what the losses need, for a caller that gathers it from several processes.
             interpolate_pos_encoding: see `MLIPVisionModel`.
             output_token_map: see `MLIPVisionModel`.
+
+        Raises:
+            ValueError: if the losses are asked for, and there are not as many images as captions.
         """
+        inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "image_ids": image_ids}
+        counts = {name: len(values) for name, values in inputs.items() if values is not None}
+        if (return_loss or return_pairs) and len(set(counts.values())) > 1:
+            raise ValueError(
+                f"The losses compare image i with caption i, and there are {counts}; repeat an image for each of its "
+                "captions, and tell equal images by equal image_ids."
+            )
         # Step (1): both towers; in training, where image i belongs to caption i, captions guide ELIP
         text_outputs: BaseModelOutputWithPooling = self.get_text_features(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
@@ -857,9 +884,10 @@ class MLIPModel(MLIPPreTrainedModel):
 
     def compute_losses(self, pairs: PairEmbeddings, columns: PairColumns | None = None) -> dict[str, torch.Tensor]:
         """`losses.multi_level_loss` with this model's temperatures and weights."""
+        device = pairs.image_embeds.device
         return multi_level_loss(
-            pairs,
-            **self.logit_scales(),
+            pairs_on(device, pairs),
+            **{name: scale.to(device) for name, scale in self.logit_scales().items()},
             frequency_loss_weight=self.config.frequency_loss_weight,
             token_loss_weight=self.config.token_loss_weight,
             token_loss_group_size=self.config.token_loss_group_size,
@@ -883,7 +911,8 @@ class MLIPModel(MLIPPreTrainedModel):
         patches = self.vision_model.post_layernorm(vision_outputs.last_hidden_state[:, 1:])
         image_tokens = self.token_visual_projection(patches)  # (B, M, P)
         if self.token_frequency_projection is not None:
-            image_tokens = image_tokens + self.token_frequency_projection(vision_outputs.frequency_hidden_state)
+            frequency_tokens = self.token_frequency_projection(vision_outputs.frequency_hidden_state)
+            image_tokens = image_tokens + frequency_tokens.to(image_tokens.device)
         text_tokens = self.token_text_projection(text_outputs.last_hidden_state[:, : input_ids.shape[1]])  # (T, L, P)
         sizes = vision_outputs.token_sizes
         return TokenEmbeddings(

@@ -9,7 +9,6 @@ Axes: B images, N tokens before a step, M after it, C channels. The class token 
 """
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 
@@ -80,10 +79,10 @@ def match_tokens(
     if num_here == num_removed:
         return assignment
     num_left = features.shape[1] - num_here
-    step = merge_step(assignment, torch.ones_like(features[..., 0]), num_left, features.dtype)
-    features = merge_tokens(features, step)
+    matrix = merge_matrix(assignment, torch.ones_like(features[..., 0]), num_left)
+    features = merge_tokens(features, matrix)
     if importance is not None:
-        importance = merge_tokens(importance[..., None], step)[..., 0]
+        importance = merge_tokens(importance[..., None], matrix)[..., 0]
     return compose(assignment, match_tokens(features, importance, num_removed - num_here, max_share))
 
 
@@ -128,35 +127,29 @@ def assignment_matrix(assignment: torch.Tensor, num_new: int, dtype: torch.dtype
     return (assignment[:, None, :] == new_tokens).to(dtype)
 
 
-class MergeStep(NamedTuple):
-    """What makes new tokens of old ones, see `merge_step`; computed once for all that follows the tokens."""
+def merge_matrix(assignment: torch.Tensor, weights: torch.Tensor, num_new: int) -> torch.Tensor:
+    """What each old token counts in each new one, computed once for all that follows the tokens.
 
-    matrix: torch.Tensor  # (B, M, N): what each old token counts in each new one
-    totals: torch.Tensor  # (B, M, 1): their sums
-
-
-def merge_step(assignment: torch.Tensor, weights: torch.Tensor, num_new: int, dtype: torch.dtype) -> MergeStep:
-    """An assignment as a small matrix.
-
-    A product with it is deterministic on every device (adding at indices is not on a GPU), exports, and sums in
-    integers first, so that half precision loses nothing but the last rounding.
+    A product with this small matrix is deterministic on every device (adding at indices is not on a GPU), exports, and
+    leaves a token that merges with no other as it is, to the bit, in half precision too.
 
     Args:
         assignment: `(B, N)`, values below `num_new`.
         weights: `(B, N)`, positive: the sizes before the step, or attention.
         num_new: M.
-        dtype: of the tokens.
 
     Returns:
-        the matrix in `dtype`, its sums in at least float32.
+        `(B, M, N)` in at least float32; rows sum to 1.
     """
-    matrix = assignment_matrix(assignment, num_new, dtype) * weights[:, None, :].to(dtype)
-    return MergeStep(matrix, matrix.sum(dim=-1, keepdim=True, dtype=torch.promote_types(dtype, torch.float32)))
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    matrix = assignment_matrix(assignment, num_new, weights.dtype) * weights[:, None, :]
+    return matrix / matrix.sum(dim=-1, keepdim=True)
 
 
-def merge_tokens(tokens: torch.Tensor, step: MergeStep) -> torch.Tensor:
-    """Weighted means of the tokens that become one: `(B, N, C)` -> `(B, M, C)` in the dtype of `tokens`."""
-    return ((step.matrix.to(tokens.dtype) @ tokens) / step.totals).to(tokens.dtype)
+def merge_tokens(tokens: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Weighted means of the tokens that become one: `(B, N, C)` -> `(B, M, C)` in the dtype of `tokens`, by the matrix
+    of `merge_matrix`."""
+    return matrix.to(tokens.dtype) @ tokens
 
 
 def merge_sizes(sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from conftest import open_gate, pairs_batch, small_config, small_model
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoImageProcessor, CLIPImageProcessor, CLIPProcessor, pipeline
+from transformers import AutoImageProcessor, CLIPImageProcessor, CLIPProcessor, Trainer, TrainingArguments, pipeline
 
 from modeling_mlip import MLIPForImageClassification, MLIPModel
 from modeling_mlip.training.clip_benchmark import load_mlip
@@ -188,3 +188,28 @@ def test_clip_benchmark_takes_a_folder_at_a_merge_ratio(folder, image):
     assert load_mlip(folder)[0].model.config.merge_ratio == 0.5
     with pytest.raises(ValueError, match="pretrained='openai'.*such as 0.5"):
         load_mlip(folder, "openai")
+
+
+@pytest.mark.parametrize("merge_ratio", [0, 0.5])
+def test_a_classifier_fine_tunes_alike_however_its_batch_is_accumulated(tmp_path, merge_ratio):
+    pixels = pairs_batch(num_pairs=8)["pixel_values"]
+    rows = [{"pixel_values": image, "labels": number % 3} for number, image in enumerate(pixels)]
+    norms = []
+    for batch_size in (8, 2):
+        torch.manual_seed(0)
+        model = MLIPForImageClassification(small_config(vision={"merge_ratio": merge_ratio}, num_labels=3))
+        arguments = TrainingArguments(
+            str(tmp_path / str(batch_size)),
+            max_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            logging_steps=1,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)

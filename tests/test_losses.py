@@ -8,6 +8,7 @@ import torch
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from modeling_mlip.losses import (
+    MAX_LOGIT_SCALE,
     PairEmbeddings,
     TokenEmbeddings,
     caption_keys,
@@ -87,6 +88,14 @@ def test_half_precision_logits_are_summed_in_float32():
 def test_temperature_is_clamped_at_100():
     assert temperature(torch.tensor(math.log(1 / 0.07))) == pytest.approx(1 / 0.07)
     assert temperature(torch.tensor(20.0)) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("start", [MAX_LOGIT_SCALE, 4.7])
+def test_a_scale_at_its_cap_still_has_the_gradient_to_come_back_by(start):
+    """Where OpenCLIP's checkpoints stand, and where the trainer puts one that went beyond."""
+    scale = torch.tensor(start, requires_grad=True)
+    temperature(scale).backward()
+    assert scale.grad.item() == pytest.approx(100)  # d exp(s) / ds at the cap
 
 
 def test_caption_keys_ignore_padding_and_tell_captions_apart():

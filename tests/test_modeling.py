@@ -3,7 +3,9 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import TEXT, VISION, open_gate, pairs_batch, small_config, small_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, CLIPConfig, CLIPModel
 
 from modeling_mlip import (
@@ -12,9 +14,11 @@ from modeling_mlip import (
     MLIPModel,
     MLIPTextModel,
     MLIPTextModelWithProjection,
+    MLIPVisionConfig,
     MLIPVisionModel,
     MLIPVisionModelWithProjection,
 )
+from modeling_mlip.losses import PairEmbeddings
 from modeling_mlip.token_merging import unmerge
 
 OWN_PARTS = ("frequency", "token_visual", "token_text", "token_logit")
@@ -318,6 +322,80 @@ def test_autocast_trains(batch):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("merge_method", ["mlip", "elip"])
+def test_autocast_leaves_sizes_and_the_residual_stream_in_float32(merge_method):
+    vision = {"merge_ratio": 0.7, "merge_method": merge_method, "merge_layers": [0], "image_size": 128}
+    tower = small_model(vision=vision).vision_model
+    streams: list[torch.Tensor] = []
+    tower.encoder.layers[0].layer_norm2.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0]))
+    tower.encoder.layers[0].self_attn.register_forward_hook(lambda module, inputs, outputs: streams.append(outputs[0]))
+    before: list[torch.Tensor] = []
+    tower.encoder.layers[0].register_forward_pre_hook(lambda module, inputs: before.append(inputs[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = tower(torch.randn(2, 3, 128, 128), output_token_map=True)
+    patches = torch.zeros(2, output.token_sizes.shape[1]).scatter_add(1, output.token_map, torch.ones(2, 1024))
+    assert output.token_sizes.dtype == torch.float32
+    assert torch.equal(output.token_sizes, patches)
+    alone = output.token_sizes.gather(1, output.token_map) == 1  # patches that merged with no other
+    unmerged = (before[0] + streams[0])[:, 1:]
+    merged = streams[1][:, 1:].gather(1, output.token_map[..., None].expand(-1, -1, 32))
+    assert alone.any() and torch.equal(merged[alone], unmerged[alone])
+
+
+def test_it_runs_on_the_meta_device_as_clip_does():
+    batch = {name: pairs_batch()[name].to("meta") for name in ("pixel_values", "input_ids")}
+    assert small_model(vision={"merge_ratio": 0.5}).to("meta")(**batch).logits_per_image.shape == (5, 5)
+
+
+def test_layers_of_int8_keep_it_running(batch):
+    model = open_gate(small_model(vision={"merge_ratio": 0.5}))
+    exact = model(**batch).image_embeds
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    found = quantised(**batch).image_embeds
+    assert (found * exact).sum(dim=-1).min() > 0.9 and not torch.equal(found, exact)
+
+
+def test_a_layer_whose_weight_is_gone_is_not_initialised():
+    model = small_model(vision={"merge_ratio": 0.5})
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = None
+    for module in model.modules():
+        model._init_weights(module)
+
+
+def test_a_model_on_two_devices_moves_what_it_needs():
+    """Fake tensors stand in for two GPUs: devices are checked, and nothing is computed."""
+    layers = [f"vision_model.encoder.layers.{layer}" for layer in range(4)]
+    first = ("text_model", "vision_model.embeddings", "vision_model.pre_layrnorm", "logit_scale", *layers[:3])
+    placed = ["text_model", *(f"vision_model.{name}" for name in ("embeddings", "pre_layrnorm", "frequency")), *layers]
+    with FakeTensorMode():
+        model = MLIPModel(small_config(vision={"merge_ratio": 0.5})).eval()
+        modules = dict(model.named_modules())
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            owner, _, key = name.rpartition(".")
+            moved = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cuda:0" if name.startswith(first) else "cuda:1"
+            )
+            is_parameter = key in modules[owner]._parameters
+            setattr(modules[owner], key, torch.nn.Parameter(moved) if is_parameter else moved)
+        placed += ["vision_model.post_layernorm", *(name for name in modules if name.endswith("_projection"))]
+        for name in placed:
+            device = "cuda:0" if name.startswith(first) else "cuda:1"
+            add_hook_to_module(modules[name], AlignDevicesHook(execution_device=device, place_submodules=False))
+        batch = {key: torch.empty_like(value, device="cuda:0") for key, value in pairs_batch().items()}
+        features = model.get_image_features(batch["pixel_values"], output_token_map=True)
+        found = model(**batch, image_ids=torch.empty(5, dtype=torch.long, device="cuda:0"), return_pairs=True)
+        embeds = instance_loss_on_one_device(model, found.pairs)
+    assert features.token_map.device == features.pooler_output.device == torch.device("cuda:1")
+    assert embeds == {"spatial_loss", "frequency_loss", "loss"}
+
+
+def instance_loss_on_one_device(model: MLIPModel, pairs: PairEmbeddings) -> set[str]:
+    """The token loss reads lengths, which fake tensors do not have."""
+    return set(model.compute_losses(pairs._replace(tokens=None)))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(batch, use_reentrant):
     gradients = []
@@ -351,6 +429,18 @@ def test_padding_and_bos_never_count(batch):
         torch.testing.assert_close(other, loss, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("images, captions", [(1, 5), (5, 1), (3, 5)])
+def test_losses_refuse_images_and_captions_that_are_no_pairs(batch, images, captions):
+    inputs = {"pixel_values": batch["pixel_values"][:images], "input_ids": batch["input_ids"][:captions]}
+    model = small_model()
+    message = f"'pixel_values': {images}, 'input_ids': {captions}.*repeat an image for each of its captions"
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, return_loss=True)
+    with pytest.raises(ValueError, match="'image_ids': 4"):
+        model(**batch, image_ids=torch.arange(4), return_loss=True)
+    assert model(**inputs).logits_per_image.shape == (images, captions)
+
+
 def test_equal_captions_and_images_are_positives_in_the_model(batch):
     model = small_model()
     batch["input_ids"][1], batch["attention_mask"][1] = batch["input_ids"][0], batch["attention_mask"][0]
@@ -374,6 +464,21 @@ def test_a_non_causal_tower_pooled_at_the_last_position_sees_all_positions(batch
     first = model.text_model(changed).last_hidden_state[:, 0]
     assert not torch.allclose(first, short.last_hidden_state[:, 0])  # the first position sees the last
     assert torch.isfinite(model(pixel_values=batch["pixel_values"], input_ids=ids, return_loss=True).loss)
+
+
+def test_a_tower_pooled_at_the_last_position_refuses_what_it_would_cut_or_misplace(batch):
+    model = small_model(text={"pooling": "last"})
+    with pytest.raises(ValueError, match=r"15 tokens.*max_position_embeddings=12"):
+        model.text_model(torch.randint(0, 62, (2, 15)))
+    with pytest.raises(ValueError, match="position_ids"):
+        model.text_model(batch["input_ids"], position_ids=torch.arange(8)[None])
+
+
+def test_a_prepared_mask_passes_as_it_is(batch):
+    clip, ours = clip_and_mlip()
+    mask = torch.full((8, 8), -torch.inf).triu(1)[None, None].expand(5, 1, -1, -1)
+    found, expected = (model.text_model(batch["input_ids"], attention_mask=mask) for model in (ours, clip))
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-5)
 
 
 def test_mean_pooling_is_weighted_by_size(batch):
@@ -439,6 +544,21 @@ def test_an_early_clip_configuration_gets_its_real_eos():
     early = CLIPConfig(text_config={"eos_token_id": 2, "vocab_size": 49408})
     text = MLIPConfig.from_clip_config(early).text_config
     assert (text.bos_token_id, text.eos_token_id) == (49406, 49407)
+    early.text_config.vocab_size = 49500  # tokens added later come after EOS
+    assert MLIPConfig.from_clip_config(early).text_config.eos_token_id == 49407
+
+
+def test_weights_of_an_early_clip_load_by_name_with_its_real_eos(batch, tmp_path):
+    clip = CLIPModel(
+        CLIPConfig(vision_config=VISION, text_config={**TEXT, "eos_token_id": 2, "pad_token_id": 1}, projection_dim=24)
+    ).eval()
+    clip.save_pretrained(tmp_path)
+    expected = clip(**batch)
+    found = MLIPModel.from_pretrained(tmp_path).eval()(**batch)
+    torch.testing.assert_close(found.text_embeds, expected.text_embeds, rtol=0, atol=1e-5)
+    tower = MLIPTextModel.from_pretrained(tmp_path).eval()(batch["input_ids"], batch["attention_mask"])
+    expected = clip.text_model(batch["input_ids"], batch["attention_mask"])
+    torch.testing.assert_close(tower.pooler_output, expected.pooler_output, rtol=0, atol=1e-5)
 
 
 def test_initialisation_sets_every_parameter():
@@ -503,11 +623,37 @@ def test_merge_keys_have_one_home(tmp_path):
         ({"vision_config": {"pooling": "max"}}, "pooling='max'"),
         ({"text_config": {"pooling": "first"}}, "pooling='first'"),
         ({"token_loss_weight": -1}, "token_loss_weight=-1"),
+        ({"token_loss_weight": float("inf")}, "token_loss_weight=inf"),
+        ({"frequency_loss_weight": float("nan")}, "frequency_loss_weight=nan"),
+        ({"vision_config": {"frequency_hidden_size": 0}}, "frequency_hidden_size=0: choose 1 or more"),
+        ({"vision_config": {"merge_importance_weight": float("nan")}}, "merge_importance_weight=nan"),
+        ({"vision_config": {"merge_importance_weight": -1}}, "merge_importance_weight=-1"),
+        ({"vision_config": {"patch_size": 0}}, "patch_size=0: choose 1 or more"),
+        ({"vision_config": {"image_size": -32}}, "image_size=-32: choose 1 or more"),
+        ({"vision_config": {"num_hidden_layers": 0}}, "num_hidden_layers=0: choose 1 or more"),
+        ({"text_config": {"eos_token_id": [63, 62]}}, r"eos_token_id=\[63, 62\]: give the one id"),
+        ({"text_config": {"eos_token_id": None}}, "eos_token_id=None: give the one id"),
     ],
 )
 def test_bad_configurations_are_refused_with_the_value(keys, message):
     with pytest.raises(Exception, match=message):
         MLIPConfig(**keys)
+
+
+def test_whole_numbers_are_taken_where_fractions_are():
+    keys = {"layer_scale_init_value": 1, "initializer_factor": 1}
+    config = MLIPConfig(vision_config=keys, text_config=keys, initializer_factor=1)
+    assert config.vision_config.layer_scale_init_value == 1
+
+
+def test_towers_know_the_width_of_the_shared_space(tmp_path):
+    model = MLIPModel(MLIPConfig(vision_config=VISION | {"projection_dim": 512}, text_config=TEXT, projection_dim=40))
+    model.save_pretrained(tmp_path)
+    tower = MLIPVisionModelWithProjection.from_pretrained(tmp_path)
+    assert torch.equal(tower.visual_projection.weight, model.visual_projection.weight)
+    vision = MLIPVisionConfig(**VISION)
+    MLIPConfig(vision_config=vision, projection_dim=40)
+    assert vision.projection_dim == 24  # the caller's own stays
 
 
 def test_a_refused_value_leaves_the_configuration_as_it_was():

@@ -10,9 +10,9 @@ from modeling_mlip.token_merging import (
     fuse_least_important,
     joint_similarity_features,
     match_tokens,
+    merge_matrix,
     merge_schedule,
     merge_sizes,
-    merge_step,
     merge_tokens,
     places,
     unmerge,
@@ -21,7 +21,7 @@ from modeling_mlip.token_merging import (
 
 
 def merge(tokens: torch.Tensor, weights: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
-    return merge_tokens(tokens, merge_step(assignment, weights, num_new, tokens.dtype))
+    return merge_tokens(tokens, merge_matrix(assignment, weights, num_new))
 
 
 def merge_by_loop(tokens: torch.Tensor, sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
