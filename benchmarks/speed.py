@@ -651,6 +651,9 @@ def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
         "batch_size": flags.batch_size,
         "precision": "bfloat16" if flags.bf16 else "float32",
         "compile": flags.compile,
+        "merge_ratios": flags.merge_ratios,
+        "placements": flags.placements,
+        **({"methods": flags.methods} if task != "parts" else {}),
         **({"caption_padding": flags.caption_padding} if task != "inference" else {}),
     }
 

@@ -2,12 +2,14 @@
 """`mlip evaluate` on drawn images: each kind of model equals its own library, each kind of labels is found."""
 
 import importlib.util
+import shutil
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from evaluation_cases import evaluate
 from huggingface_hub import ModelCard
 from sklearn.linear_model import LogisticRegression
@@ -15,11 +17,13 @@ from sklearn.preprocessing import StandardScaler
 from transformers import CLIPModel, CLIPProcessor
 
 from modeling_mlip import MLIPModel
-from modeling_mlip.training import classification
+from modeling_mlip.training import classification, data
+from modeling_mlip.training.arguments import DataArguments
 from modeling_mlip.training.classification import draw_shots, few_shot, find_label_columns, linear_probe, read_classes
 from modeling_mlip.training.command import main as mlip
-from modeling_mlip.training.data import tokenize
+from modeling_mlip.training.data import read_image, tokenize
 from modeling_mlip.training.encoders import load_encoder, set_merging
+from modeling_mlip.training.evaluate import EvaluationArguments, load_evaluation
 from modeling_mlip.training.shapes import PROMPTS
 from modeling_mlip.training.templates import DEFAULT_TEMPLATES, read_templates
 
@@ -87,11 +91,11 @@ def test_labels_of_every_kind_become_the_same_classes(splits):
     numbers = torch.tensor(rows["shape"])
     as_text = [names[n] for n in numbers]
     for values, given in ((as_text, None), (as_text, names), (numbers.tolist(), names)):
-        classes = read_classes(Dataset.from_dict({"cls": values}), "cls", given)
+        classes = read_classes([Dataset.from_dict({"cls": values})], "cls", given)
         assert [classes.names[classes.label_of(value)] for value in values] == as_text
-    assert read_classes(rows, "shape").names == names
+    assert read_classes([rows], "shape").names == names
     stream = Dataset.from_dict({"cls": as_text}).to_iterable_dataset()
-    assert read_classes(stream, "cls", names).label_of("ring") == names.index("ring")
+    assert read_classes([stream], "cls", names).label_of("ring") == names.index("ring")
 
 
 def test_label_columns_are_found_by_kind_then_by_name(splits):
@@ -104,6 +108,95 @@ def test_label_columns_are_found_by_kind_then_by_name(splits):
 def test_a_stream_of_labelled_images_gives_what_reading_gives(sources, files, tmp_path):
     flags = ["--data_dir", files["images"], "--templates", "a shape, {}", "--per_device_eval_batch_size", "7"]
     assert evaluate(sources["clip"], tmp_path, *flags) == evaluate(sources["clip"], tmp_path, *flags, "--streaming")
+
+
+def test_a_row_for_each_caption_is_evaluated_as_a_list_of_captions(sources, files, splits, tmp_path):
+    """The layout of OpenCLIP's csv and of Flickr's own table."""
+    rows = splits["validation"].select(range(12)).select_columns(["image"])
+    captions = [[f"one of {n}", f"two of {n}"] for n in range(12)]
+    rows.add_column("caption", captions).to_parquet(tmp_path / "listed.parquet")
+    twice = rows.select([n for n in range(12) for _ in range(2)])
+    twice.add_column("caption", [text for own in captions for text in own]).to_parquet(tmp_path / "rows.parquet")
+    flags = ["--rerank", "3", "--per_device_eval_batch_size"]
+    listed = evaluate(sources["mlip"], tmp_path, "--validation_file", str(tmp_path / "listed.parquet"), *flags, "12")
+    for batch_size in ("1", "5", "24"):  # also with batches that hold no new image
+        found = evaluate(
+            sources["mlip"], tmp_path, "--validation_file", str(tmp_path / "rows.parquet"), *flags, batch_size
+        )
+        assert found == listed | {"dataset": found["dataset"]}, batch_size
+    assert (listed["images"], listed["captions"]) == (12, 24)
+
+
+def test_classes_are_those_of_the_whole_data_set(sources, splits, tmp_path):
+    names = splits["validation"].features["shape"].int2str
+    paths = {}
+    for split, left_out in (("train", None), ("validation", 0)):  # one class has images to train on alone
+        rows = splits[split].filter(lambda row, left_out=left_out: row["shape"] != left_out)
+        shapes = [names(row["shape"]) for row in rows]
+        rows = rows.remove_columns(["caption", "shape", "colour", "texture"]).add_column("label", shapes)
+        paths[split] = str(tmp_path / f"{split}.parquet")
+        rows.to_parquet(paths[split])
+    flags = ["--train_file", paths["train"], "--validation_file", paths["validation"], "--templates", "{}"]
+    limited = evaluate(sources["mlip"], tmp_path, *flags, "--max_eval_samples", "1", "--shots", "1")
+    assert limited["images"] == 1
+    args = DataArguments(
+        train_file=paths["train"], validation_file=paths["validation"], max_eval_samples=1, max_train_samples=2
+    )
+    evaluation = load_evaluation(load_encoder(sources["mlip"]), args, EvaluationArguments())
+    assert len(evaluation.classes[0].names) == len(set(splits["train"]["shape"]))
+    assert (len(evaluation.rows), len(evaluation.train)) == (1, 2)
+
+
+def test_class_labels_in_another_order_are_refused(splits):
+    rows = splits["train"]
+    turned = rows.cast_column("shape", ClassLabel(names=rows.features["shape"].names[::-1]))
+    with pytest.raises(ValueError, match="shape is not the same in every split"):
+        read_classes([rows, turned], "shape")
+    with pytest.raises(ValueError, match="tags holds List.*a class label is"):
+        read_classes([Dataset.from_dict({"tags": [["a", "b"]]})], "tags")
+    with pytest.raises(ValueError, match=r"cls has 1 class\(es\) \(a\)"):
+        read_classes([Dataset.from_dict({"cls": ["a", "a"]})], "cls")
+
+
+def test_a_model_without_its_vocabulary_is_refused(sources, files, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(sources["mlip"], folder)
+    (folder / "tokenizer.json").unlink()
+    image = next(Path(files["images"]).rglob("*.png"))
+    for command in (
+        ["evaluate", "--model_name_or_path", str(folder), "--validation_file", files["validation"]],
+        ["visualize", str(folder), "--image", str(image), "--output_dir", str(tmp_path / "out")],
+        *(["train", "--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "t"), "--train_file", path]
+          for path in [files["train"]]),
+    ):  # fmt: skip
+        assert mlip(command) == 1
+        assert "has no tokenizer.json" in capsys.readouterr().err
+
+
+def test_broken_images_end_evaluation_as_soon_as_they_are_too_many(sources, files, splits, tmp_path, monkeypatch):
+    rows = splits["validation"].select(range(40)).to_pandas()
+    rows["image"] = [{"bytes": b"broken", "path": None}] * 12 + list(rows["image"][12:])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    read = []
+    monkeypatch.setattr(data, "read_image", lambda *args, **kwargs: read.append(1) or read_image(*args, **kwargs))
+    flags = ["--validation_file", str(tmp_path / "rows.parquet"), "--per_device_eval_batch_size", "4"]
+    assert mlip(["evaluate", "--model_name_or_path", sources["mlip"], *flags]) == 1
+    assert len(read) == 4
+
+
+def test_broken_rows_of_all_workers_of_a_stream_count(sources, files, tmp_path, capsys):
+    folder = tmp_path / "images" / "train"
+    for kind in ("a", "b"):
+        (folder / kind).mkdir(parents=True)
+        for number, image in enumerate(sorted(Path(files["images"]).rglob("*.png"))[:8]):
+            shutil.copy(image, folder / kind / f"{number}.png")
+        (folder / kind / "0.png").write_bytes(b"broken")
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    flags = ["--data_dir", str(folder.parent), "--streaming", "--class_names", str(tmp_path / "names.txt")]
+    for workers in ("0", "2"):
+        more = ["--skip_budget", "0.1", "--dataloader_num_workers", workers]
+        assert mlip(["evaluate", "--model_name_or_path", sources["mlip"], *flags, *more]) == 1
+        assert "Skipped 2 of 16 pairs" in capsys.readouterr().err
 
 
 # Classifiers on frozen features
@@ -164,6 +257,22 @@ def test_probes_of_the_command_classify_the_validation_split(sources, files, tmp
     assert results["zero shot label accuracy@1 (%) at merge ratio 0.5"].task_type == "zero-shot-image-classification"
 
 
+def test_a_broken_image_does_not_cost_a_class_its_shots(sources, files, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(files["images"], folder)
+    flags = ["--data_dir", str(folder), "--templates", "{}", "--shots", "3", "--seeds", "1", "--skip_budget", "0.5"]
+    classes = sorted(path.name for path in (folder / "train").iterdir())
+    own = sorted((folder / "train" / classes[0]).iterdir())
+    drawn = draw_shots(torch.zeros(len(own), dtype=torch.long), 3, seed=0)  # the first class comes first
+    own[drawn[0]].write_bytes(b"broken")
+    assert 0 <= evaluate(sources["mlip"], tmp_path, *flags)["few_shot_label_3_shots_accuracy@1"] <= 100
+    for path in own:
+        path.write_bytes(b"broken")
+    assert mlip(["evaluate", "--model_name_or_path", sources["mlip"], *flags]) == 1
+    name = classes[0].replace("_", " ")
+    assert f"Not one image of label '{name}' in the train split can be used" in capsys.readouterr().err
+
+
 # Re-ranking
 
 
@@ -187,6 +296,8 @@ def test_templates_come_from_flags_files_and_open_clip(tmp_path):
     assert [template.replace("{}", "cat") for template in read_templates("openai")] == [make("cat") for make in theirs]
     (tmp_path / "mine.txt").write_text("a {}\n\nthe {}.\n")
     assert read_templates(str(tmp_path / "mine.txt")) == ("a {}", "the {}.")
+    (tmp_path / "mine.txt").write_bytes("\ufeffa {}\n".encode())  # as some editors save
+    assert read_templates(str(tmp_path / "mine.txt")) == ("a {}",)
 
 
 # Bad input
@@ -194,6 +305,7 @@ def test_templates_come_from_flags_files_and_open_clip(tmp_path):
 
 def bad_input(sources, files, tmp_path) -> list[tuple[list[str], str]]:
     (tmp_path / "two.txt").write_text("one\ntwo\n")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 {}\n".encode("latin-1"))
     pairs, images = ["--validation_file", files["validation"]], ["--data_dir", files["images"]]
     mlip_model = ["--model_name_or_path", sources["mlip"]]
     return [
@@ -212,6 +324,11 @@ def bad_input(sources, files, tmp_path) -> list[tuple[list[str], str]]:
         ([*mlip_model, *images, "--shots", "1000"], "--shots 1000: class 'big"),
         ([*mlip_model, *pairs, "--output_file", str(tmp_path / "none" / "x.json")], "there is no folder"),
         (["--model_name_or_path", sources["clip"], *pairs, "--update_model_card"], "has no README.md"),
+        ([*mlip_model, *pairs, "--output_file", str(tmp_path)], "is a folder; name a file"),
+        ([*mlip_model, *images, "--templates", str(tmp_path / "latin.txt")], "latin.txt is not in UTF-8"),
+        ([*mlip_model, *pairs, "--max_seq_length", "100"], "takes 3 (BOS, one token, EOS) to"),
+        ([*mlip_model, *images, "--max_seq_length", "1"], "--max_seq_length 1:"),
+        (["--model_name_or_path", f"open_clip:RN50:{tmp_path / 'two.txt'}", *pairs], "could not be loaded"),
     ]
 
 

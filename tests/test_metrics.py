@@ -216,6 +216,20 @@ def test_embeddings_ids_and_metrics_do_not_depend_on_the_batch(model):
     assert (four.num_truncated, four.skipped) == (6, ["after image 4", "after image 4", "after image 3"])
 
 
+def test_classes_without_an_image_are_wrong_answers_alone():
+    assert zero_shot_metrics(torch.eye(3)[:1], torch.tensor([0]), torch.eye(3))["accuracy@1"] == 100
+    assert zero_shot_metrics(torch.eye(3)[2:], torch.tensor([0]), torch.eye(3))["accuracy@1"] == 0
+
+
+def test_classes_of_one_name_are_one_answer():
+    embeds = torch.eye(5)[[0, 1, 2, 3, 3]]  # two classes of one name
+    images = torch.eye(5)[[0, 1, 2, 3, 3]]
+    labels = torch.arange(5)
+    assert zero_shot_metrics(images, labels, embeds)["accuracy@1"] == 60
+    assert zero_shot_metrics(images, labels, embeds, torch.tensor([0, 1, 2, 3, 3]))["accuracy@1"] == 100
+    assert zero_shot_metrics(images.roll(1, dims=0), labels, embeds, torch.tensor([0, 1, 2, 3, 3]))["accuracy@1"] == 20
+
+
 def test_no_batch_of_captions_is_larger_than_that_of_images(model, monkeypatch):
     sizes = []
     plain = model.get_text_features

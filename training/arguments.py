@@ -46,7 +46,11 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "The configuration of that data set."})
     data_dir: str | None = field(
-        default=None, metadata={"help": "A folder of images with metadata.csv or metadata.jsonl, or of tar shards."}
+        default=None,
+        metadata={
+            "help": "A folder of images with metadata.csv or metadata.jsonl, or of tar shards; to evaluate also one of "
+            "a folder of images for each class."
+        },
     )
     train_file: str | None = field(
         default=None, metadata={"help": "A csv, tsv, json, parquet or webdataset tar file (or a pattern) to train on."}
@@ -70,7 +74,9 @@ class DataArguments:
         default=None,
         metadata={"help": "Longest caption in tokens, BOS and EOS included; the model's context if not given."},
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the data set as a stream; needs --max_steps."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set as a stream; training then needs --max_steps."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many pairs."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images."})
     augment: bool = field(

@@ -110,7 +110,7 @@ def settings_of(encoder: Encoder, ratios: Sequence[float], methods: Sequence[str
     Raises:
         ValueError: for a model that merges no tokens, or a ratio that leaves none of its tokens.
     """
-    saved = encoder.merge_ratio
+    saved = encoder.merge_ratio, encoder.model.config.merge_method if isinstance(encoder.model, MLIPModel) else None
     wanted = [("none", 0.0)] if 0 in ratios else []
     wanted += [pair for pair in itertools.product(methods, sorted(set(ratios) - {0})) if pair not in wanted]
     settings = []
@@ -118,7 +118,7 @@ def settings_of(encoder: Encoder, ratios: Sequence[float], methods: Sequence[str
         name = None if method == "none" else method
         set_merging(encoder, ratio, name)  # refused here rather than in the middle
         settings.append(Setting(encoder, method, ratio, partial(set_merging, encoder, ratio, name)))
-    set_merging(encoder, saved)
+    set_merging(encoder, *saved)
     return settings
 
 

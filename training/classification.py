@@ -25,6 +25,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "category"
 PROBE_C = (0.001, 0.01, 0.1, 1.0, 10.0)
 FEW_SHOT_C = 0.1
 PROBE_STEPS = 1000
+SPARE_SHOTS = 4  # of each class and draw, in case that some are broken
 HELD_BACK = 0.2  # share of the training images that chooses the strength
 
 
@@ -78,16 +79,38 @@ class Classes:
         return self.index[value]
 
 
-def read_classes(dataset: Dataset | IterableDataset, column: str, class_names: Sequence[str] | None = None) -> Classes:
-    """The classes of a column: of its ClassLabel, of the names given, or of the strings that it holds.
+def read_classes(
+    splits: Sequence[Dataset | IterableDataset], column: str, class_names: Sequence[str] | None = None
+) -> Classes:
+    """The classes of a column: of its ClassLabel, of the names given, or of the strings that it holds in any split.
 
     Args:
+        splits: of one data set, whole; those without the column do not count.
         class_names: instead of those of a ClassLabel, in its order; for numbers, in the order from 0.
 
     Raises:
-        ValueError: if the names are not known, or as many as there are classes.
+        ValueError: if the names are not known, differ between splits, are fewer than two, or as many as there are
+            classes.
     """
-    feature = (dataset.features or {}).get(column)
+    classes = _read_classes([rows for rows in splits if column in (rows.features or {column})], column, class_names)
+    if len(classes.names) < 2:
+        raise ValueError(
+            f"{column} has {len(classes.names)} class(es) ({', '.join(classes.names)}), and choosing needs two or "
+            "more; name all of them as --class_names."
+        )
+    return classes
+
+
+def _read_classes(
+    splits: Sequence[Dataset | IterableDataset], column: str, class_names: Sequence[str] | None
+) -> Classes:
+    features = [(rows.features or {}).get(column) for rows in splits]
+    feature = features[0]
+    if any(other != feature for other in features):
+        raise ValueError(
+            f"{column} is not the same in every split: {' and '.join(map(str, features))}; give all the same classes, "
+            "in the same order."
+        )
     if isinstance(feature, datasets.ClassLabel):
         names = [name.replace("_", " ") for name in feature.names]
         if class_names is not None and len(class_names) != len(names):
@@ -96,14 +119,17 @@ def read_classes(dataset: Dataset | IterableDataset, column: str, class_names: S
                 f"({', '.join(feature.names[:5])} ...); give one in each line, in this order."
             )
         return Classes(column, list(class_names or names), {n: n for n in range(len(names))})
-    if isinstance(dataset, IterableDataset):
+    tables = [rows for rows in splits if isinstance(rows, Dataset)]
+    if not tables:
         if class_names is None:
             raise ValueError(
                 f"A stream does not tell the classes of {column} in advance; give them as --class_names, or leave out "
                 "--streaming."
             )
         return Classes(column, list(class_names), _index_of(class_names))
-    values = set(dataset.unique(column)) - {None}
+    if not isinstance(feature, datasets.Value):
+        raise ValueError(f"{column} holds {feature}; a class label is a ClassLabel, a string or a number.")
+    values = {value for rows in tables for value in rows.unique(column)} - {None}
     if all(isinstance(value, int) for value in values):
         if class_names is None:
             raise ValueError(
@@ -184,8 +210,9 @@ class StreamedLabelledImages(_Labelled, torch.utils.data.IterableDataset):
     """Items of a stream."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = torch.utils.data.get_worker_info()
         for count, row in enumerate(self.dataset):
-            yield self.item(row, f"row {count}")
+            yield self.item(row, f"row {count} of worker {info.id if info else 0}")
 
 
 class LabelCollator:
@@ -209,10 +236,7 @@ class LabelCollator:
 def require_sklearn() -> None:
     """Raises ImportError with what to install, before anything is computed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise ImportError(
-            "Linear probes need scikit-learn, which is not installed: pip install scikit-learn, or "
-            "pip install 'modeling-mlip[evaluate]'."
-        )
+        raise ImportError("Linear probes need scikit-learn, which is not installed: pip install scikit-learn.")
 
 
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int) -> dict:
@@ -258,9 +282,10 @@ def few_shot(
     shots: int,
     seeds: int,
     rows: Tensor | None = None,
+    names: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """`accuracy@1` of logistic regression on `shots` images of each class, its mean over draws of them, and
-    `accuracy_spread`, its standard deviation; in percent. `rows` as in `draw_shots`.
+    `accuracy_spread`, its standard deviation; in percent. `rows` and `names` as in `draw_shots`.
 
     Raises:
         ImportError: without scikit-learn.
@@ -268,19 +293,25 @@ def few_shot(
     require_sklearn()
     found = []
     for seed in logging.tqdm(range(seeds), desc=f"{shots} shots", unit="seed"):
-        chosen = draw_shots(train_labels, shots, seed, rows=rows)
+        chosen = draw_shots(train_labels, shots, seed, names, rows)
         rank = _ranks(train[chosen], train_labels[chosen], test, test_labels, classes, FEW_SHOT_C)
         found.append(accuracy_metrics(rank, test_labels, classes)["accuracy@1"])
     return {"accuracy@1": float(np.mean(found)), "accuracy_spread": float(np.std(found, ddof=seeds > 1))}
 
 
 def draw_shots(
-    labels: Tensor, shots: int, seed: int, names: Sequence[str] | None = None, rows: Tensor | None = None
+    labels: Tensor,
+    shots: int,
+    seed: int,
+    names: Sequence[str] | None = None,
+    rows: Tensor | None = None,
+    spare: int = 0,
 ) -> Tensor:
     """Places of `shots` images of each class that occurs in `labels` `(R,)`; more shots of a seed contain the fewer.
 
     `rows` `(R,)` tells which rows of the split the labels belong to, the first R if not given: a seed draws the same
-    images whichever others are there.
+    images whichever others are there. `spare` more of each class come along where there are as many. `names` of the
+    classes are for the error.
 
     Raises:
         ValueError: for a class with fewer images.
@@ -294,7 +325,7 @@ def draw_shots(
         if len(places) < shots:
             name = f"class {names[label]!r}" if names else f"class {label}"
             raise ValueError(f"--shots {shots}: {name} has {len(places)} images to train on; choose at most as many.")
-        chosen.append(places[:shots])
+        chosen.append(places[: shots + spare])
     return torch.cat(chosen)
 
 

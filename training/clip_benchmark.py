@@ -11,11 +11,12 @@ are CLIP_benchmark's (https://github.com/LAION-AI/CLIP_benchmark), which `pip in
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel
 
 from modeling_mlip import MLIPModel
 
 from .data import image_transform, tokenize
+from .loading import load_processor
 
 
 class Encoder(torch.nn.Module):
@@ -58,7 +59,7 @@ def load_mlip(
         except ValueError:
             raise ValueError(f"pretrained={pretrained!r}: give a merge ratio such as 0.5, or 'saved'.") from None
         model.set_merge_ratio(ratio)
-    processor = AutoProcessor.from_pretrained(model_name, cache_dir=cache_dir)
+    processor = load_processor(model_name, cache_dir=cache_dir)
     length = model.config.text_config.max_position_embeddings
 
     def tokenizer(texts: list[str]) -> torch.Tensor:

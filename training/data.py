@@ -108,7 +108,7 @@ def load_splits(args: DataArguments, captioned: bool = False) -> DatasetDict | I
         raise ValueError(f"{given[0]} has the splits {', '.join(found)}: name one of them train, validation or test.")
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
     for split, dataset in splits.items():
-        splits[split] = dataset = _first(dataset, limits[split])
+        splits[split] = dataset = first_rows(dataset, limits[split])
         if _is_empty(dataset):
             raise ValueError(f"{given[0]} {sources[given[0]]}: the {split} split holds no pairs.")
         find_image_column(dataset, args)
@@ -191,7 +191,8 @@ def _with_paths_from(folder: str, dataset: Dataset | IterableDataset, args: Data
     return dataset.map(join, input_columns=[column])
 
 
-def _first(dataset: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:
+def first_rows(dataset: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:
+    """So many rows of a data set from its beginning; all of them for `None`."""
     if limit is None:
         return dataset
     return dataset.select(range(min(limit, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(limit)
@@ -643,9 +644,13 @@ class SkipBudget:
             skipped = skipped[: self.LISTED - len(self._rows)]
         self._rows |= {entry.split(": ")[0]: entry for entry in skipped}
 
-    def _judge(self) -> None:
+    def judge_whole(self) -> None:
+        """Judge a stream that has come to its end, however short it was."""
+        self._judge(warm_up=0)
+
+    def _judge(self, warm_up: int | None = None) -> None:
         total = self.seen if self.num_samples is None else self.num_samples
-        if self.num_samples is None and self.seen < self.WARM_UP:
+        if self.num_samples is None and self.seen < (self.WARM_UP if warm_up is None else warm_up):
             return
         allowed = max(int(self.budget * total), 1 if self.budget > 0 else 0)
         if self.num_skipped > allowed:

@@ -6,6 +6,7 @@ load_encoder("open_clip:ViT-B-32:laion2b_s34b_b79k"), load_encoder("open_clip:hf
 """
 
 import difflib
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, CLIPModel
+from transformers import CLIPModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_mlip import MLIPConfig, MLIPModel, MLIPVisionModel
 
 from .configs import START_CLASSES, saved_config
 from .data import image_transform
-from .loading import load_pretrained
+from .loading import load_pretrained, load_processor
 
 OPEN_CLIP = "open_clip:"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,7 +79,7 @@ def load_encoder(source: str, dtype: str = "float32", attn_implementation: str =
         is_mlip = isinstance(saved_config(source, START_CLASSES), MLIPConfig)
         load = load_pretrained if is_mlip else _load_clip
         model = load(source, dtype=torch.float32, attn_implementation=attn_implementation)
-        encoder = make_encoder(source, model, AutoProcessor.from_pretrained(source))
+        encoder = make_encoder(source, model, load_processor(source))
     encoder.model.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype))
     return encoder
 
@@ -196,7 +197,7 @@ def _load_open_clip(source: str) -> Encoder:
     try:
         model, transform = open_clip.create_model_from_pretrained(name, pretrained=pretrained)
         tokenizer = open_clip.get_tokenizer(name)
-    except RuntimeError as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{source} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     context = int(model.context_length)
     wrapped = OpenClipTokenizer(tokenizer, context)

@@ -14,6 +14,7 @@ without by the class labels that it has.
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from modeling_mlip import MLIPModel
 
 from .arguments import DataArguments
 from .classification import (
+    SPARE_SHOTS,
     Classes,
     LabelCollator,
     LabelledImages,
@@ -49,6 +51,7 @@ from .data import (
     StreamedPairDataset,
     find_columns,
     find_image_column,
+    first_rows,
     load_splits,
 )
 from .encoders import DTYPES, Encoder, load_encoder, set_merging
@@ -125,7 +128,9 @@ class EvaluationArguments:
         default=128, metadata={"help": "Images at a time; the metrics do not depend on it."}
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
-    skip_budget: float = field(default=0.01, metadata={"help": "Share of broken samples at which evaluation stops."})
+    skip_budget: float = field(
+        default=0.01, metadata={"help": "Share of broken samples beyond which evaluation stops."}
+    )
     output_file: str | None = field(default=None, metadata={"help": "Write the metrics here as JSON."})
     update_model_card: bool = field(
         default=False, metadata={"help": "Add the metrics to the README.md of the model's folder, and its metadata."}
@@ -183,14 +188,17 @@ def load_evaluation(encoder: Encoder, data_args: DataArguments, args: Evaluation
     Raises:
         ValueError, FileNotFoundError: as `data.load_splits`, or for a data set with neither captions nor labels.
     """
-    splits = load_splits(data_args)
+    splits = load_splits(dataclasses.replace(data_args, max_train_samples=None, max_eval_samples=None))
     captioned = has_captions(splits, data_args)
     if captioned:
         for rows in splits.values():
             find_columns(rows, data_args)
     split = "validation" if "validation" in splits else "train"
+    limit = data_args.max_eval_samples if split == "validation" else data_args.max_train_samples
     train = splits["train"] if split == "validation" and "train" in splits else None
-    return prepare(encoder, splits[split], data_args, args, captioned, split, train)
+    train = None if train is None else first_rows(train, data_args.max_train_samples)
+    rows = first_rows(splits[split], limit)
+    return prepare(encoder, rows, data_args, args, captioned, split, train, list(splits.values()))
 
 
 def prepare(
@@ -201,8 +209,9 @@ def prepare(
     captioned: bool = True,
     split: str = "validation",
     train: Dataset | IterableDataset | None = None,
+    whole: Sequence[Dataset | IterableDataset] = (),
 ) -> Evaluation:
-    """What `evaluate_split` takes, of one split."""
+    """What `evaluate_split` takes, of one split; classes are those of the splits `whole`, where given."""
     streamed = isinstance(rows, IterableDataset)
     image_column = find_image_column(rows, data_args)
     wanted = args.label_columns if captioned else find_label_columns(rows, args.label_columns)
@@ -218,8 +227,9 @@ def prepare(
             f"({', '.join(wanted) or 'the data set has captions'}); choose one with --label_columns."
         )
     names = read_lines(args.class_names) if args.class_names is not None else None
-    classes = [read_classes(rows, column, names) for column in wanted]
+    classes = [read_classes(whole or [rows], column, names) for column in wanted]
     templates_of(wanted, args.templates)
+    _length(encoder, data_args)
     if args.rerank:
         check_rerank(encoder, captioned)
     if args.linear_probe or args.shots:
@@ -260,7 +270,12 @@ def _dataloader(items: Any, collate: Callable, args: EvaluationArguments) -> Dat
 
 
 def _length(encoder: Encoder, data_args: DataArguments) -> int:
-    return data_args.max_seq_length or encoder.context
+    length = encoder.context if data_args.max_seq_length is None else data_args.max_seq_length
+    if not 3 <= length <= encoder.context:
+        raise ValueError(
+            f"--max_seq_length {length}: {encoder.name} takes 3 (BOS, one token, EOS) to {encoder.context} tokens."
+        )
+    return length
 
 
 def check_rerank(encoder: Encoder, captioned: bool = True) -> None:
@@ -323,11 +338,11 @@ def evaluate_variants(
     variants: Sequence[Callable[[], None]],
 ) -> list[tuple[dict[str, float], EncodedPairs]]:
     """Retrieval and zero-shot metrics of several settings of the model, in one pass over the data."""
+    budget = SkipBudget(args.skip_budget, len(evaluation.rows) if isinstance(evaluation.rows, Dataset) else None)
     variants_encoded = encode_variants(
-        encoder.model, evaluation.dataloader, encoder.model.device, "Evaluation", variants, args.rerank > 0
+        encoder.model, evaluation.dataloader, encoder.model.device, "Evaluation", variants, args.rerank > 0, budget
     )
-    seen, skipped = len(variants_encoded[0].image_embeds), variants_encoded[0].skipped
-    SkipBudget(args.skip_budget, seen + len(skipped)).add(skipped, seen=seen)
+    budget.judge_whole()
     templates = templates_of([classes.column for classes in evaluation.classes], args.templates)
     embeds_of = [
         class_embeddings(
@@ -349,7 +364,8 @@ def evaluate_variants(
             )
         for number, (classes, embeds) in enumerate(zip(evaluation.classes, embeds_of, strict=True)):
             labels = encoded_labels(evaluation, encoded, number)
-            found = zero_shot_metrics(encoded.image_embeds, labels, embeds)
+            names = torch.tensor([classes.names.index(name) for name in classes.names])
+            found = zero_shot_metrics(encoded.image_embeds, labels, embeds, names)
             metrics |= {f"zero_shot_{classes.column}_{name}": value for name, value in found.items()}
         results.append((metrics, encoded))
     return results
@@ -385,8 +401,8 @@ def probe_metrics(
     labels = [labels_of(rows, classes, torch.arange(len(rows))) for classes in evaluation.classes]
     needed = torch.arange(len(rows))
     if not args.linear_probe:
-        drawn = [
-            draw_shots(own, max(args.shots), seed, classes.names)
+        drawn = [  # with spare ones, which take the places of those that turn out broken
+            draw_shots(own, max(args.shots), seed, classes.names, spare=SPARE_SHOTS)
             for own, classes in zip(labels, evaluation.classes, strict=True)
             for seed in range(args.seeds)
         ]
@@ -394,14 +410,19 @@ def probe_metrics(
     # Step (2): their features
     chosen = rows.select(needed.tolist())
     items = labelled_images(encoder, chosen, evaluation.image_column, evaluation.classes)
-    trained = encode_pairs(
-        encoder.model, _dataloader(items, LabelCollator(), args), encoder.model.device, "Train split"
-    )
-    SkipBudget(args.skip_budget, len(needed)).add(trained.skipped, seen=len(trained.image_embeds))
+    budget = SkipBudget(args.skip_budget, len(needed))
+    dataloader = _dataloader(items, LabelCollator(), args)
+    trained = encode_pairs(encoder.model, dataloader, encoder.model.device, "Train split", budget=budget)
     assert trained.labels is not None
     # Step (3): classifiers by each column
     metrics: dict[str, float] = {}
     for number, classes in enumerate(evaluation.classes):
+        lost = set(labels[number].tolist()) - set(trained.labels[:, number].tolist())
+        if lost:
+            raise ValueError(
+                f"Not one image of {classes.column} {classes.names[min(lost)]!r} in the train split can be used: "
+                f"{'; '.join(trained.skipped[:3])}. Repair them, or remove the class."
+            )
         features = (
             trained.image_embeds,
             trained.labels[:, number],
@@ -413,7 +434,8 @@ def probe_metrics(
             found = linear_probe(*features)
             metrics |= {f"linear_probe_{classes.column}_{name}": value for name, value in found.items()}
         for shots in args.shots:
-            found = few_shot(*features, shots=shots, seeds=args.seeds, rows=needed[trained.image_rows])
+            rows_of = needed[trained.image_rows]
+            found = few_shot(*features, shots=shots, seeds=args.seeds, rows=rows_of, names=classes.names)
             metrics |= {f"few_shot_{classes.column}_{shots}_shots_{name}": value for name, value in found.items()}
     return metrics
 
@@ -454,6 +476,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("Give the model to evaluate as --model_name_or_path, a folder or a Hub id.")
     if args.output_file is not None and not Path(args.output_file).absolute().parent.is_dir():
         raise ValueError(f"--output_file {args.output_file}: there is no folder {Path(args.output_file).parent}.")
+    if args.output_file is not None and Path(args.output_file).is_dir():
+        raise ValueError(f"--output_file {args.output_file} is a folder; name a file.")
     if args.update_model_card and not (Path(encoder_args.model_name_or_path) / "README.md").is_file():
         raise ValueError(
             f"--update_model_card: {encoder_args.model_name_or_path} has no README.md; give a folder that mlip train "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import CLIPConfig, PreTrainedConfig
+from transformers import AutoProcessor, CLIPConfig, CLIPProcessor, PreTrainedConfig
 
 import modeling_mlip
 from modeling_mlip import MLIPConfig, MLIPModel, MLIPPreTrainedModel
@@ -37,6 +37,23 @@ def load_pretrained(name_or_path: str, config: MLIPConfig | None = None, **kwarg
     if "token_visual_projection.weight" in missing:
         model.start_tokens_from_projections()
     return model
+
+
+def load_processor(name_or_path: str | Path, **kwargs: Any) -> CLIPProcessor:
+    """The processor of a saved model.
+
+    Raises:
+        ValueError: if it lacks a part. transformers makes up for a missing vocabulary by an empty one, with which every
+            text is the same.
+    """
+    processor = AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    tokenizer, image_processor = (getattr(processor, part, None) for part in ("tokenizer", "image_processor"))
+    missing = "preprocessor_config.json" if image_processor is None else None
+    if tokenizer is None or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        missing = "tokenizer.json (or vocab.json and merges.txt)"
+    if missing:
+        raise ValueError(f"{name_or_path} has no {missing}: copy it from where the model was trained or converted.")
+    return processor
 
 
 def load_saved(folder: str | Path) -> MLIPPreTrainedModel:

@@ -11,6 +11,7 @@ to one point therefore scores 0, not 100.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import evaluate
@@ -23,7 +24,7 @@ from transformers.utils import logging
 from modeling_mlip import MLIPModel
 from modeling_mlip.losses import TokenEmbeddings, temperature, token_scores
 
-from .data import tokenize
+from .data import SkipBudget, tokenize
 from .templates import check_templates, fill
 
 RECALL_AT = (1, 5, 10)
@@ -59,7 +60,7 @@ def rank_of_right(
         (Q,) long; 0 is first place. A score that is not a number counts as a miss.
     """
     num_key_groups = int(key_group.max()) + 1
-    num_query_groups = int(query_group.max()) + 1
+    num_query_groups = int(torch.cat([query_group, pairs[0]]).max()) + 1  # some may have no query
     chunk = max(1, MAX_SCORES // len(keys))
     ranks = []
     for start in range(0, len(queries), chunk):
@@ -156,13 +157,16 @@ def retrieval_metrics(
     return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics)}
 
 
-def zero_shot_metrics(image_embeds: Tensor, labels: Tensor, class_embeds: Tensor) -> dict[str, float]:
+def zero_shot_metrics(
+    image_embeds: Tensor, labels: Tensor, class_embeds: Tensor, class_ids: Tensor | None = None
+) -> dict[str, float]:
     """Zero-shot accuracy as `accuracy_metrics`.
 
     Args:
         image_embeds: (I, D), any length.
         labels: (I,) long, from 0 to C - 1.
         class_embeds: (C, D), any length, as `class_embeddings` returns them.
+        class_ids: (C,) long, the same for classes of one name, which are one answer; without it all are different.
     """
     num_classes = len(class_embeds)
     if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
@@ -172,7 +176,8 @@ def zero_shot_metrics(image_embeds: Tensor, labels: Tensor, class_embeds: Tensor
         )
     images, classes = normalize(image_embeds.float(), dim=-1), normalize(class_embeds.float(), dim=-1)
     every_class = torch.arange(num_classes, device=labels.device)
-    rank = rank_of_right(images, classes, labels, every_class, (every_class, every_class))
+    ids = every_class if class_ids is None else class_ids.unique(return_inverse=True)[1]
+    rank = rank_of_right(images, classes, labels, ids, (every_class, ids))
     return accuracy_metrics(rank, labels, num_classes)
 
 
@@ -343,6 +348,7 @@ class EncodedPairs:
     caption_ids: Tensor
     image_rows: Tensor
     skipped: list[str]
+    num_rows: int
     num_truncated: int
     labels: Tensor | None = None
     tokens: TokenBank | None = None
@@ -354,17 +360,19 @@ def encode_pairs(
     device: torch.device | str,
     description: str,
     with_tokens: bool = False,
+    budget: SkipBudget | None = None,
 ) -> EncodedPairs:
     """Embeds every image and every caption of batches made by `EvaluationCollator`, or by `LabelCollator`.
 
     Captions go through the model in slices of at most as many as the batch has images, so memory does not depend on the
-    number of captions per image.
+    number of captions per image. Rows with captions whose `image_ids` are equal are one image with the captions of all.
 
     Args:
         model: has `get_image_features` and `get_text_features`.
         with_tokens: keeps the tokens of both sides too; of an `MLIPModel` with the token-level loss alone.
+        budget: counts what is skipped, and stops when it is too much.
     """
-    return encode_variants(model, dataloader, device, description, [lambda: None], with_tokens)[0]
+    return encode_variants(model, dataloader, device, description, [lambda: None], with_tokens, budget)[0]
 
 
 def encode_variants(
@@ -374,6 +382,7 @@ def encode_variants(
     description: str,
     variants: Sequence[Callable[[], None]],
     with_tokens: bool = False,
+    budget: SkipBudget | None = None,
 ) -> list[EncodedPairs]:
     """`encode_pairs` of several settings of the vision tower in one pass: data are read, and captions embedded, once.
 
@@ -384,23 +393,33 @@ def encode_variants(
     texts, caption_image, caption_ids, image_rows, labels, skipped = [], [], [], [], [], []
     bank = TokenBank([], [], [])
     id_of_tokens: dict[tuple[int, ...], int] = {}
-    num_images = num_rows = num_truncated = 0
+    place_of_image: dict[Any, int] = {}
+    num_rows = num_truncated = 0
     with evaluating(model):
         for batch in logging.tqdm(dataloader, desc=description, unit="batch"):
             skipped += batch["skipped"]
             num_truncated += batch["num_truncated"]
             batch_size = len(batch["pixel_values"])
-            image_rows.append(batch["kept"] + num_rows)
+            rows = batch["kept"] + num_rows
             num_rows += batch_size + len(batch["skipped"])
+            if budget is not None:
+                budget.add(batch["skipped"], seen=batch_size + len(batch["skipped"]))
             if batch_size == 0:  # everything in it was skipped
                 continue
-            for embeds, set_variant in zip(images, variants, strict=True):
-                set_variant()
-                vision_outputs = model.get_image_features(pixel_values=batch["pixel_values"].to(device))
-                embeds.append(normalize(vision_outputs.pooler_output.float(), dim=-1).cpu())
+            # Rows of one image are one image with all their captions; of images with labels alone each row counts.
+            ids = batch["image_ids"].tolist() if "image_ids" in batch else [("row", row) for row in rows.tolist()]
+            known = len(place_of_image)
+            places = torch.tensor([place_of_image.setdefault(key, len(place_of_image)) for key in ids])
+            new = [ids.index(key) for key in list(place_of_image)[known:]]
+            if new:
+                image_rows.append(rows[new])
+                pixel_values = batch["pixel_values"][new].to(device)
+                for embeds, set_variant in zip(images, variants, strict=True):
+                    set_variant()
+                    vision_outputs = model.get_image_features(pixel_values=pixel_values)
+                    embeds.append(normalize(vision_outputs.pooler_output.float(), dim=-1).cpu())
             if "labels" in batch:
-                labels.append(batch["labels"])
-            num_images += batch_size
+                labels.append(batch["labels"][new])
             if "input_ids" not in batch:
                 continue
             for ids, mask in zip(
@@ -417,11 +436,11 @@ def encode_variants(
                     bank.text_tokens += [
                         t[m].half().cpu() for t, m in zip(found.text_tokens, found.text_mask, strict=True)
                     ]
-            if with_tokens:
+            if with_tokens and new:
                 bank.image_tokens += found.image_tokens.half().cpu().unbind()
                 bank.image_weights += found.image_weights.cpu().unbind()
-            caption_image.append(batch["caption_image"].cpu() + num_images - batch_size)
-    if num_images == 0:
+            caption_image.append(places[batch["caption_image"].cpu()])
+    if not place_of_image:
         raise ValueError(f"Nothing to evaluate: no image and caption left, {len(skipped)} skipped: {skipped[:5]}.")
     none = torch.empty(0, dtype=torch.long)
     return [
@@ -432,6 +451,7 @@ def encode_variants(
             caption_ids=torch.tensor(caption_ids, dtype=torch.long),
             image_rows=torch.cat(image_rows),
             skipped=skipped,
+            num_rows=num_rows,
             num_truncated=num_truncated,
             labels=torch.cat(labels) if labels else None,
             tokens=bank if with_tokens else None,

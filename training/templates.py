@@ -68,5 +68,13 @@ def check_templates(templates: Sequence[str], source: str = "templates") -> tupl
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file without those that are empty."""
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a text file without those that are empty.
+
+    Raises:
+        ValueError: if it is not in UTF-8.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -29,7 +29,7 @@ from .data import (
     read_captions,
 )
 from .errors import hub_errors
-from .loading import load_pretrained
+from .loading import load_pretrained, load_processor
 from .report import format_table, plot_learning_curves, write_model_card
 from .tokenizer import train_tokenizer
 from .trainer import MLIPTrainer
@@ -86,10 +86,10 @@ def build_processor(
     """The processor of the model to start from, or one of the configuration's size with the tokenizer asked for."""
     context = config.text_config.max_position_embeddings
     if model_args.model_name_or_path is not None:
-        processor = CLIPProcessor.from_pretrained(model_args.model_name_or_path)
-        if model_args.tokenizer_name is not None:
-            processor.tokenizer = CLIPTokenizer.from_pretrained(model_args.tokenizer_name)
-        return processor
+        if model_args.tokenizer_name is None:
+            return load_processor(model_args.model_name_or_path)
+        tokenizer = CLIPTokenizer.from_pretrained(model_args.tokenizer_name)
+        return CLIPProcessor.from_pretrained(model_args.model_name_or_path, tokenizer=tokenizer)
     if model_args.tokenizer_name is not None:
         tokenizer = CLIPTokenizer.from_pretrained(model_args.tokenizer_name)
     elif data_args.streaming:

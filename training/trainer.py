@@ -7,7 +7,7 @@ trainer.train()
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -357,10 +357,11 @@ class MLIPTrainer(InterruptibleTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Recall@1, 5 and 10 both ways over the whole data set, whatever the batch size."""
+        length = len(dataloader.dataset) if isinstance(dataloader.dataset, Sized) else None
+        budget = SkipBudget(self.args.skip_budget, length)
         with self.compute_loss_context_manager():
-            encoded = encode_pairs(self.model, dataloader, self.args.device, description)
-        num_images = len(encoded.image_embeds)
-        SkipBudget(self.args.skip_budget, num_images + len(encoded.skipped)).add(encoded.skipped, seen=num_images)
+            encoded = encode_pairs(self.model, dataloader, self.args.device, description, budget=budget)
+        budget.judge_whole()
         metrics = retrieval_metrics(
             encoded.image_embeds, encoded.text_embeds, encoded.caption_image, encoded.caption_ids
         )
@@ -368,7 +369,7 @@ class MLIPTrainer(InterruptibleTrainer):
             predictions=encoded.image_embeds.numpy(),
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=num_images,
+            num_samples=len(encoded.image_embeds),
         )
 
     # Sharing

@@ -28,7 +28,7 @@ from modeling_mlip.configuration_mlip import MERGE_METHODS
 
 from .configs import override_config, saved_config
 from .data import read_image
-from .loading import load_pretrained
+from .loading import load_pretrained, load_processor
 from .observe import Observation, filter_magnitudes, observe
 from .pictures import Section, draw_filters, draw_importance, draw_regions, draw_words, write_page
 
@@ -215,7 +215,7 @@ def load_model(name_or_path: str, overrides: dict[str, Any]) -> tuple[MLIPModel,
     config = override_config(saved, overrides)
     # "eager" is the one attention that tells its weights.
     model = load_pretrained(name_or_path, config, attn_implementation="eager").eval()
-    return model, CLIPProcessor.from_pretrained(name_or_path)
+    return model, load_processor(name_or_path)
 
 
 def visualize(

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,7 @@ def main() -> None:
 
     path = RESULTS / f"{flags.data}.json"
     record = json.loads(path.read_text()) if path.exists() else {"arms": ARMS, "data": DATA[flags.data], "runs": []}
-    if record["arms"] != ARMS or record["data"] != DATA[flags.data]:
+    if record["arms"] != ARMS or record["data"] != DATA[flags.data] or record.get("bf16", flags.bf16) != flags.bf16:
         raise SystemExit(f"{path} was measured with other settings; move it away to measure again.")
     if "step_seconds" not in record:
         record |= {"machine": machine(), "bf16": flags.bf16, "step_seconds": calibrate(flags)}
@@ -325,11 +326,26 @@ def main() -> None:
             raise RuntimeError(f"{run} failed:\n{finished.stderr[-3000:]}")
         return json.loads(finished.stdout.splitlines()[-1])
 
-    with ThreadPoolExecutor(flags.parallel) as pool:
+    carry_out(start, waiting, flags.parallel, record, path)
+
+
+def carry_out(start: Callable, waiting: list[tuple], parallel: int, record: dict[str, Any], path: Path) -> None:
+    """Does all runs, and keeps each as it finishes; after one that fails, those that are on their way still."""
+    with ThreadPoolExecutor(parallel) as pool:
         running = [pool.submit(start, run) for run in waiting]
+        failed = None
         for finished in tqdm(as_completed(running), total=len(running), desc="runs"):
-            record["runs"].append(finished.result())
-            write(path, record)
+            if finished.cancelled():
+                continue
+            failed = failed or finished.exception()
+            if failed is not None:
+                for run in running:
+                    run.cancel()
+            if finished.exception() is None:
+                record["runs"].append(finished.result())
+                write(path, record)
+    if failed is not None:
+        raise failed
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
