@@ -151,6 +151,8 @@ def _clip_tokenizer(folder: Path | None) -> PreTrainedTokenizerFast:
         return CLIPTokenizer(vocab=vocab, merges=merges, pad_token="!")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(_files_or(folder, "openai/clip-vit-base-patch32"))
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes an empty one of missing files
+            raise OSError("no file of a vocabulary was found")
     except (OSError, ValueError) as error:
         raise OSError(
             f"CLIP's vocabulary is not at hand ({str(error).splitlines()[0]}): install open_clip_torch, "

@@ -100,3 +100,9 @@ def test_settings_without_a_counterpart_are_refused():
         processors.tokenizer_of({"hf_tokenizer_name": "x", "tokenizer_mode": "clips"}, None)
     with pytest.raises(OSError, match="no/such-tokenizer could not be loaded"):
         processors.tokenizer_of({"hf_tokenizer_name": "no/such-tokenizer"}, None)
+
+
+def test_a_vocabulary_that_is_not_there_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(processors.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OSError, match="CLIP's vocabulary is not at hand.*install open_clip_torch"):
+        processors._clip_tokenizer(tmp_path)

@@ -127,6 +127,8 @@ def test_card_leaves_out_what_is_not_given(tmp_path):
 def test_card_names_no_path_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "private" / "clip").mkdir(parents=True)
+    card = write_card(tmp_path / "other", dataset="train.parquet", measured_on="test.parquet")
+    assert card.data.eval_results[0].dataset_name == "test.parquet" and "Measured on test.parquet" in card.text
     card = write_card(tmp_path / "model", dataset=str(tmp_path / "private" / "emoji"), base_model="private/clip")
     assert card.data.datasets is None and card.data.base_model is None
     assert card.data.eval_results[0].dataset_name == "emoji"

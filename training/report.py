@@ -250,6 +250,7 @@ def write_model_card(
     training: dict[str, Any],
     curves: str | None,
     merge_ratios: list[dict[str, float]] | None = None,
+    measured_on: str | None = None,
 ) -> Path:
     """Fills `model_card.md` into the README.md of a saved model, with the Hub's metadata.
 
@@ -257,19 +258,21 @@ def write_model_card(
         folder: the saved model; its name becomes the model's.
         metrics: what was measured, in percent, as `mlip train` and `mlip evaluate` write it; recalls and accuracies are
             taken, with or without "eval_".
-        dataset: what was trained and measured on: a Hub id ("owner/name", which the Hub then links), a path or a name;
+        dataset: what was trained on: a Hub id ("owner/name", which the Hub then links), a path or a name;
             of a path the last part is shown.
         base_model: likewise, what training started from.
         training: settings to show, as they are; empty for a model that was not trained here.
         curves: a picture in the folder; left out if it is not there.
         merge_ratios: what was measured at several ratios, as rows with a "merge ratio" and "... (%)"; drawn as well.
+        measured_on: likewise, what was measured on; `dataset` if not given.
     """
     folder = Path(folder).resolve()
+    measured_on = measured_on or dataset
     if merge_ratios:
         plot_merge_ratios(merge_ratios, folder / MERGE_RATIOS_PICTURE)
     measured = _measured(metrics)
-    dataset_name, dataset_id = _shown_name(dataset), _hub_id(dataset)
-    results = _eval_results(measured, dataset) if dataset else []
+    dataset_id = _hub_id(dataset)
+    results = _eval_results(measured, measured_on) if measured_on else []
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINE_TAG,
@@ -285,7 +288,7 @@ def write_model_card(
         template_path=str(MODEL_CARD_TEMPLATE),
         model_name=folder.name,
         base_model_name=_shown_name(base_model),
-        dataset_name=dataset_name,
+        dataset_name=_shown_name(measured_on),
         settings=format_table(_settings(config, trained=bool(training)), markdown=True),
         merge_ratio=config.vision_config.merge_ratio,
         metrics_table=measured and format_table([{"metric": k, "%": v} for k, v in measured.items()], markdown=True),

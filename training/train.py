@@ -220,6 +220,7 @@ def train(
             metrics=metrics,
             config=model.config,
             dataset=data_args.dataset_name or data_args.data_dir or data_args.train_file,
+            measured_on=data_args.validation_file,
             base_model=model_args.model_name_or_path,
             training=describe_run(training_args, trainer, metrics),
             curves=CURVES,
