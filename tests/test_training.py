@@ -23,7 +23,7 @@ from modeling_mlip.training import MLIPTrainer, MLIPTrainingArguments
 from modeling_mlip.training.arguments import DataArguments, ModelArguments
 from modeling_mlip.training.command import main as mlip
 from modeling_mlip.training.configs import NAMED_CONFIGS, named_config, override_config
-from modeling_mlip.training.data import PairDataset, image_transform
+from modeling_mlip.training.data import PairDataset, build_pairs, image_transform
 from modeling_mlip.training.guard import StepGuard
 from modeling_mlip.training.shapes import shapes_dataset
 from modeling_mlip.training.train import build_processor
@@ -56,6 +56,28 @@ def train_flags(drawn: tuple[str, str], folder: str, *more: str) -> list[str]:
     start = [] if "--model_name_or_path" in more else ["--config_name", "tiny", "--merge_ratio", "0.5", *SMALL]
     schedule = ["--max_steps", "4", "--per_device_train_batch_size", "16", "--logging_steps", "1", "--use_cpu"]
     return [*flags, *start, *schedule, *more]
+
+
+def test_a_data_set_trains_as_the_items_made_of_it(drawn, tmp_path):
+    """What a user of Trainer tries first: rows of `datasets`, with no class of ours."""
+    rows = datasets.load_dataset("parquet", data_files={"train": drawn[0], "validation": drawn[1]})
+    found = []
+    for name in ("rows", "items"):
+        torch.manual_seed(0)
+        plain = make_trainer(tmp_path / name, drawn)
+        processor, splits = plain.processing_class, dict(rows)
+        if name == "items":
+            splits = {
+                split: build_pairs(own, DataArguments(), processor, 42, training=split == "train")
+                for split, own in splits.items()
+            }
+        trainer = MLIPTrainer(plain.model, plain.args, splits["train"], splits["validation"], processor)
+        trainer.train()
+        found.append((trainer.evaluate(), trainer.evaluate(splits["validation"]), trainer.model.state_dict()))
+        assert found[-1][0]["eval_mean_recall"] == found[-1][1]["eval_mean_recall"]
+    assert all(torch.equal(found[1][2][name], value) for name, value in found[0][2].items())
+    with pytest.raises(ValueError, match="No image column"):
+        MLIPTrainer(plain.model, plain.args, datasets.Dataset.from_dict({"text": ["a"]}), None, processor)
 
 
 def make_trainer(tmp_path, drawn, model=None, rows=None, **arguments) -> MLIPTrainer:

@@ -27,7 +27,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
-from transformers import CLIPImageProcessor, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
 from .arguments import DataArguments
 from .shapes import shapes_dataset
@@ -532,6 +532,27 @@ def tokenize(
     input_ids = torch.tensor([ids + [tokenizer.pad_token_id] * (L - len(ids)) for ids in encoded])
     attention_mask = torch.tensor([[1] * len(ids) + [0] * (L - len(ids)) for ids in encoded])
     return input_ids, attention_mask, num_truncated
+
+
+def build_pairs(
+    rows: Dataset | IterableDataset, args: DataArguments, processor: CLIPProcessor, seed: int, training: bool
+) -> PairDataset | StreamedPairDataset:
+    """The items of a split, decoded, and in training augmented.
+
+    Raises:
+        ValueError: if it has no columns of images and captions.
+    """
+    kind = PairDataset if isinstance(rows, Dataset) else StreamedPairDataset
+    image_size = processor.image_processor.crop_size["height"]
+    return kind(
+        rows,
+        *find_columns(rows, args),
+        transform=image_transform(processor.image_processor),
+        training=training,
+        seed=seed,
+        augmentation=augmentation(image_size) if training and args.augment else None,
+        caption_policy=args.caption_policy,
+    )
 
 
 @dataclass

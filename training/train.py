@@ -19,15 +19,7 @@ from modeling_mlip import MLIPConfig, MLIPModel
 
 from .arguments import DataArguments, MLIPTrainingArguments, ModelArguments
 from .configs import MODEL_FIELDS, VISION_FIELDS, named_config, override_config, pretrained_config
-from .data import (
-    PairDataset,
-    StreamedPairDataset,
-    augmentation,
-    find_columns,
-    image_transform,
-    load_pairs,
-    read_captions,
-)
+from .data import build_pairs, find_columns, load_pairs, read_captions
 from .errors import hub_errors
 from .loading import load_pretrained, load_processor
 from .report import format_table, plot_learning_curves, write_model_card
@@ -126,28 +118,6 @@ def build_model(model_args: ModelArguments, config: MLIPConfig, tokenizer: CLIPT
     return load_pretrained(model_args.model_name_or_path, config=config, dtype="float32", attn_implementation=attention)
 
 
-def build_datasets(
-    pairs: dict[str, Any], data_args: DataArguments, processor: CLIPProcessor, seed: int
-) -> dict[str, PairDataset | StreamedPairDataset]:
-    """The splits that there are, decoded, and in training augmented."""
-    transform = image_transform(processor.image_processor)
-    image_size = processor.image_processor.crop_size["height"]
-    built: dict[str, PairDataset | StreamedPairDataset] = {}
-    for split, rows in pairs.items():
-        training = split == "train"
-        kind = StreamedPairDataset if data_args.streaming else PairDataset
-        built[split] = kind(
-            rows,
-            *find_columns(rows, data_args),
-            transform=transform,
-            training=training,
-            seed=seed,
-            augmentation=augmentation(image_size) if training and data_args.augment else None,
-            caption_policy=data_args.caption_policy,
-        )
-    return built
-
-
 def checkpoint_to_resume(training_args: MLIPTrainingArguments) -> str | None:
     """The checkpoint that the flag names; "true" is the last one of `output_dir`, or none if there is none yet, so that
     one command starts a run and restarts it."""
@@ -191,7 +161,10 @@ def train(
         raise ValueError("A stream has no end that is known before; say how long to train with --max_steps.")
     processor = build_processor(model_args, data_args, config, pairs)
     model = build_model(model_args, config, processor.tokenizer)
-    datasets = build_datasets(pairs, data_args, processor, training_args.seed)
+    datasets = {
+        split: build_pairs(rows, data_args, processor, training_args.seed, training=split == "train")
+        for split, rows in pairs.items()
+    }
     if "validation" not in datasets:
         training_args.eval_strategy = "no"
     # Step (3): train and save

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
@@ -24,9 +25,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from modeling_mlip import MLIPModel
 from modeling_mlip.losses import MAX_LOGIT_SCALE, PairEmbeddings
 
-from .arguments import MLIPTrainingArguments
+from .arguments import DataArguments, MLIPTrainingArguments
 from .checkpoint import InterruptibleTrainer
-from .data import EvaluationCollator, PairCollator, SkipBudget
+from .data import EvaluationCollator, PairCollator, SkipBudget, build_pairs
 from .distributed import gather_columns, gather_numbers, num_processes, row_share
 from .errors import error_line
 from .guard import StepGuard
@@ -50,14 +51,22 @@ class CodeFiles(TrainerCallback):
             custom_object_save(model, args.output_dir)
 
 
+def items_of(dataset: Any, processor: CLIPProcessor, seed: int, training: bool = False) -> Any:
+    """The items of the rows of a data set of `datasets`; any other data set has its own."""
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        return dataset
+    return build_pairs(dataset, DataArguments(), processor, seed, training)
+
+
 class MLIPTrainer(InterruptibleTrainer):
     """Trains an `MLIPModel` on image-caption pairs.
 
     Args:
         model: the model.
         args: how the job runs.
-        train_dataset: `PairDataset` or `StreamedPairDataset` made for training.
-        eval_dataset: the same made for evaluation, or a dictionary of several.
+        train_dataset: rows of images and captions (`datasets.Dataset` or a stream), whose columns are found by their
+            usual names and whose images are augmented; or `data.build_pairs` of such, where other settings are wanted.
+        eval_dataset: the same, not augmented, or a dictionary of several.
         processor: saved with every checkpoint; its tokenizer encodes the captions.
         max_seq_length: longest caption in tokens; the text tower's context if not given.
 
@@ -95,6 +104,9 @@ class MLIPTrainer(InterruptibleTrainer):
                 "negatives; start one process for each: accelerate launch or torchrun --nproc_per_node."
             )
         length = max_seq_length or model.config.text_config.max_position_embeddings
+        train_dataset = items_of(train_dataset, processor, args.seed, training=True)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: items_of(rows, processor, args.seed) for name, rows in eval_dataset.items()}
         super().__init__(
             model=model,
             args=args,
@@ -342,7 +354,7 @@ class MLIPTrainer(InterruptibleTrainer):
             raise ValueError("Evaluation needs an eval_dataset; give one to MLIPTrainer or to evaluate().")
         # Every process evaluates everything: recall depends on the whole pool, not on a share of it.
         return DataLoader(
-            dataset,
+            items_of(dataset, self.processing_class, self.args.seed),
             batch_size=self.args.per_device_eval_batch_size,
             collate_fn=self.evaluation_collator,
             num_workers=self.args.dataloader_num_workers,
