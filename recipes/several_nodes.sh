@@ -9,7 +9,7 @@ torchrun --nnodes "${NODES:-4}" --nproc_per_node 8 --rdzv_backend c10d --rdzv_id
     --rdzv_endpoint "${HEAD:-localhost}:29500" -m modeling_mlip.training.command train \
     --config_name vit-b-16 --merge_ratio 0.5 --tokenizer_name openai/clip-vit-base-patch32 \
     --train_file "$SHARDS/*.tar" --streaming --image_column jpg --caption_column txt \
-    --dataloader_num_workers 8 --max_steps 57813 \
+    --dataloader_num_workers 8 --max_steps 57812 \
     --per_device_train_batch_size 256 --mini_batch_size 256 --bf16 \
     --learning_rate 5e-4 --warmup_steps 2000 --weight_decay 0.2 --max_grad_norm 1 \
     --save_steps 1000 --save_total_limit 2 --logging_steps 50 \
