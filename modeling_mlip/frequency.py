@@ -7,10 +7,14 @@ spectrum of a real grid. Axes: B images, H x W patches, C channels.
 
 import torch
 from torch import nn
-from transformers.utils.generic import maybe_autocast
 
 # Added to the power of normalised pixel values before the logarithm: what is fainter than 0.1 is as good as absent.
 POWER_FLOOR = 0.01
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Leaves autocast, which the meta device does not know."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def log_amplitude(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -27,7 +31,7 @@ def log_amplitude(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
         `(B, H * W, C * patch_size * (patch_size // 2 + 1))` in the dtype of `pixel_values`; computed in at least
         float32.
     """
-    with maybe_autocast(pixel_values.device.type, enabled=False):
+    with no_autocast(pixel_values.device):
         compute_dtype = torch.promote_types(pixel_values.dtype, torch.float32)
         patches = pixel_values.to(compute_dtype).unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, C, H, p, W, p) -> (B, H, W, C, p, p)
@@ -54,7 +58,7 @@ def apply_spectral_filter(patches: torch.Tensor, spectral_filter: torch.Tensor) 
     """
     height, width = patches.shape[1:3]
     # Spectra are computed with autocast off: neither FFTs nor complex products know half precision.
-    with maybe_autocast(patches.device.type, enabled=False):
+    with no_autocast(patches.device):
         compute_dtype = torch.promote_types(patches.dtype, torch.float32)
         spectrum = torch.fft.rfft2(patches.to(compute_dtype), dim=(1, 2), norm="ortho")  # (B, H, W//2+1, C)
         spectrum = spectrum * torch.view_as_complex(spectral_filter.to(compute_dtype).contiguous())

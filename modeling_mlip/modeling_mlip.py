@@ -826,13 +826,14 @@ class MLIPModel(MLIPPreTrainedModel):
         Raises:
             ValueError: if the losses are asked for, and there are not as many images as captions.
         """
-        inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "image_ids": image_ids}
-        counts = {name: len(values) for name, values in inputs.items() if values is not None}
-        if (return_loss or return_pairs) and len(set(counts.values())) > 1:
-            raise ValueError(
-                f"The losses compare image i with caption i, and there are {counts}; repeat an image for each of its "
-                "captions, and tell equal images by equal image_ids."
-            )
+        if return_loss or return_pairs:
+            inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "image_ids": image_ids}
+            counts = {name: values.shape[0] for name, values in inputs.items() if values is not None}
+            if any(count != counts["pixel_values"] for count in counts.values()):
+                raise ValueError(
+                    f"The losses compare image i with caption i, and there are {counts}; repeat an image for each of "
+                    "its captions, and tell equal images by equal image_ids."
+                )
         # Step (1): both towers; in training, where image i belongs to caption i, captions guide ELIP
         text_outputs: BaseModelOutputWithPooling = self.get_text_features(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
