@@ -91,6 +91,8 @@ def test_peak_memory_is_what_a_call_holds_at_once_though_malloc_kept_what_the_la
 
 def test_settings_leave_the_model_as_it_was_and_name_ratio_zero_once(sources):
     encoder = load_encoder(sources["mlip"])
+    settings = settings_of(encoder, [0.5, 0, 0.5], ["mlip", "tome"])
+    assert encoder.model.config.merge_method == "mlip"
     settings = settings_of(encoder, [0.5, 0, 0.5], ["tome", "mlip"])
     assert [(s.method, s.merge_ratio) for s in settings] == [("none", 0.0), ("tome", 0.5), ("mlip", 0.5)]
     assert encoder.merge_ratio == 0.5

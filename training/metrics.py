@@ -63,7 +63,8 @@ def rank_of_right(
     num_query_groups = int(torch.cat([query_group, pairs[0]]).max()) + 1  # some may have no query
     chunk = max(1, MAX_SCORES // len(keys))
     ranks = []
-    for start in range(0, len(queries), chunk):
+    starts = range(0, len(queries), chunk)
+    for start in logging.tqdm(starts, desc="Ranks", unit="block", disable=len(starts) == 1):
         # Step (1): which keys are right, q for queries of this chunk and g for their distinct groups
         groups, row = query_group[start : start + chunk].unique(return_inverse=True)  # (g,), (q,)
         row_of_group = query_group.new_full((num_query_groups,), -1)
