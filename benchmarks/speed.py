@@ -574,7 +574,8 @@ def draw(entries: list[dict[str, Any]], target: Path) -> None:
     """Speed-up over FLOP ratio, a panel for each run, with the diagonal where the clock follows the FLOPs."""
     from matplotlib.figure import Figure
 
-    entries = [entry for entry in entries if "flop_ratio" in entry["rows"][0]]
+    timed = [entry for entry in entries if "flop_ratio" in entry["rows"][0]]
+    entries = [entry for entry in timed if any(row["merge_ratio"] > 0 for row in entry["rows"])]
     if not entries:
         return
     columns = min(3, len(entries))
