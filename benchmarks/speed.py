@@ -154,18 +154,24 @@ class Bench:
         )
         return self._place(model if self.whole else model.visual)
 
+    def _geometry(self) -> dict[str, Any]:
+        """What timm's ViT and ELIP's take alike."""
+        vision = self.config.vision_config
+        return {
+            "img_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "embed_dim": vision.hidden_size,
+            "depth": vision.num_hidden_layers,
+            "num_heads": vision.num_attention_heads,
+            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+        }
+
     @functools.cached_property
     def timm(self) -> nn.Module:
         from timm.models.vision_transformer import VisionTransformer
 
-        vision = self.config.vision_config
         tower = VisionTransformer(
-            img_size=vision.image_size,
-            patch_size=vision.patch_size,
-            embed_dim=vision.hidden_size,
-            depth=vision.num_hidden_layers,
-            num_heads=vision.num_attention_heads,
-            mlp_ratio=vision.intermediate_size / vision.hidden_size,
+            **self._geometry(),
             num_classes=0,
             global_pool="token",
             pre_norm=True,
@@ -185,12 +191,7 @@ class Bench:
         patches = (vision.image_size // vision.patch_size) ** 2
         left = [patches - sum(removed[:stage]) for stage in stages]
         tower = VisionTransformer(
-            img_size=vision.image_size,
-            patch_size=vision.patch_size,
-            embed_dim=vision.hidden_size,
-            depth=vision.num_hidden_layers,
-            num_heads=vision.num_attention_heads,
-            mlp_ratio=vision.intermediate_size / vision.hidden_size,
+            **self._geometry(),
             prune_state={
                 "begin_layer": stages,
                 "num_act_layers": [

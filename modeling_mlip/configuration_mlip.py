@@ -160,7 +160,6 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
                 f"merge_ratio={self.merge_ratio} is not a share of tokens: choose 0 <= merge_ratio < 1, "
                 "for example 0.5 to merge half of the patch tokens away."
             )
-        _validate_at_least(self, 1, "image_size", "patch_size")
         num_patches = (self.image_size // self.patch_size) ** 2
         if round(num_patches * (1 - self.merge_ratio)) < 1:
             raise ValueError(

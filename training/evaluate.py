@@ -364,8 +364,9 @@ def evaluate_variants(
             )
         for number, (classes, embeds) in enumerate(zip(evaluation.classes, embeds_of, strict=True)):
             labels = encoded_labels(evaluation, encoded, number)
-            names = torch.tensor([classes.names.index(name) for name in classes.names])
-            found = zero_shot_metrics(encoded.image_embeds, labels, embeds, names)
+            number_of = {name: n for n, name in enumerate(classes.names)}
+            class_ids = torch.tensor([number_of[name] for name in classes.names])
+            found = zero_shot_metrics(encoded.image_embeds, labels, embeds, class_ids)
             metrics |= {f"zero_shot_{classes.column}_{name}": value for name, value in found.items()}
         results.append((metrics, encoded))
     return results

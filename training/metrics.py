@@ -349,7 +349,6 @@ class EncodedPairs:
     caption_ids: Tensor
     image_rows: Tensor
     skipped: list[str]
-    num_rows: int
     num_truncated: int
     labels: Tensor | None = None
     tokens: TokenBank | None = None
@@ -408,10 +407,11 @@ def encode_variants(
             if batch_size == 0:  # everything in it was skipped
                 continue
             # Rows of one image are one image with all their captions; of images with labels alone each row counts.
-            ids = batch["image_ids"].tolist() if "image_ids" in batch else [("row", row) for row in rows.tolist()]
-            known = len(place_of_image)
-            places = torch.tensor([place_of_image.setdefault(key, len(place_of_image)) for key in ids])
-            new = [ids.index(key) for key in list(place_of_image)[known:]]
+            keys = batch["image_ids"].tolist() if "image_ids" in batch else [("row", row) for row in rows.tolist()]
+            new = [at for at, key in enumerate(keys) if key not in place_of_image and key not in keys[:at]]
+            for at in new:
+                place_of_image[keys[at]] = len(place_of_image)
+            places = torch.tensor([place_of_image[key] for key in keys])
             if new:
                 image_rows.append(rows[new])
                 pixel_values = batch["pixel_values"][new].to(device)
@@ -452,7 +452,6 @@ def encode_variants(
             caption_ids=torch.tensor(caption_ids, dtype=torch.long),
             image_rows=torch.cat(image_rows),
             skipped=skipped,
-            num_rows=num_rows,
             num_truncated=num_truncated,
             labels=torch.cat(labels) if labels else None,
             tokens=bank if with_tokens else None,
