@@ -43,16 +43,16 @@ def load_processor(name_or_path: str | Path, **kwargs: Any) -> CLIPProcessor:
     """The processor of a saved model.
 
     Raises:
-        ValueError: if it lacks a part. transformers makes up for a missing vocabulary by an empty one, with which every
-            text is the same.
+        OSError: if it has no image processor.
+        ValueError: if it has no vocabulary. transformers makes up for that by an empty one, with which every text is the
+            same.
     """
     processor = AutoProcessor.from_pretrained(name_or_path, **kwargs)
-    tokenizer, image_processor = (getattr(processor, part, None) for part in ("tokenizer", "image_processor"))
-    missing = "preprocessor_config.json" if image_processor is None else None
-    if tokenizer is None or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        missing = "tokenizer.json (or vocab.json and merges.txt)"
-    if missing:
-        raise ValueError(f"{name_or_path} has no {missing}: copy it from where the model was trained or converted.")
+    if len(processor.tokenizer) <= len(set(processor.tokenizer.all_special_ids)):
+        raise ValueError(
+            f"{name_or_path} has no tokenizer.json (or vocab.json and merges.txt): copy it from where the model was "
+            "trained or converted."
+        )
     return processor
 
 
