@@ -44,8 +44,8 @@ def load_processor(name_or_path: str | Path, **kwargs: Any) -> CLIPProcessor:
 
     Raises:
         OSError: if it has no image processor.
-        ValueError: if it has no vocabulary. transformers makes up for that by an empty one, with which every text is the
-            same.
+        ValueError: if it has no vocabulary. transformers makes up for that by an empty one, with which every text is
+            the same.
     """
     processor = AutoProcessor.from_pretrained(name_or_path, **kwargs)
     if len(processor.tokenizer) <= len(set(processor.tokenizer.all_special_ids)):
