@@ -41,6 +41,11 @@ def clip_and_mlip(**vision) -> tuple[CLIPModel, MLIPModel]:
 # Equal to CLIP
 
 
+def assert_same_gradient(found, expected, name):
+    """To 1e-5 of its largest element where that exceeds 1: processors round sums of float32 differently."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(float(expected.abs().max()), 1), msg=name)
+
+
 @pytest.mark.parametrize("frequency_layers", [0, 2])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_without_merging_it_is_clip_in_outputs_and_gradients(batch, frequency_layers, attention):
@@ -56,7 +61,7 @@ def test_without_merging_it_is_clip_in_outputs_and_gradients(batch, frequency_la
     outputs.spatial_loss.backward()
     gradients = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=0, atol=1e-5, msg=name)
+        assert_same_gradient(gradients[name].grad, parameter.grad, name)
 
 
 def test_the_tuple_of_the_tower_begins_as_clips(batch):
@@ -407,7 +412,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(batch, use_reentrant):
         model(**batch, return_loss=True).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-5, msg=name)
+        assert_same_gradient(gradients[1][name], gradient, name)
 
 
 # Text
