@@ -220,8 +220,8 @@ def export_checkpoint(
         Notes: what the other format does not hold.
 
     Raises:
-        ValueError, OSError: if the format cannot compute the model, the frequency gate is not zero without
-            `drop_frequency`, or `target` is in the way.
+        ValueError, OSError: if the format cannot compute the model, the frequency stage is in use (its gate or
+            `frequency_embed_weight` is not zero) without `drop_frequency`, or `target` is in the way.
     """
     check_target(target, overwrite)
     exported, notes = export(model, processor, format, drop_frequency)
@@ -257,8 +257,8 @@ def _without_own(model: MLIPModel, drop_frequency: bool) -> tuple[dict[str, Tens
     own = [name for name in everything if tables.is_own(name)]
     notes = []
     stage = model.vision_model.frequency
-    if stage is not None and stage.gate.any():
-        lost = "the frequency stage, whose gate is not zero, so that embeddings change without it"
+    if stage is not None and (stage.gate.any() or model.config.frequency_embed_weight):
+        lost = "the frequency stage, which is in use (gate or frequency_embed_weight), so that embeddings change"
         if not drop_frequency:
             raise ValueError(f"the other format cannot hold {lost}: give --drop-frequency to leave it out.")
         notes.append(f"left out: {lost}")

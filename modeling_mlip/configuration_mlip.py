@@ -25,7 +25,7 @@ from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConf
 MERGE_METHODS = ("mlip", "tome", "elip")
 CLIP_VOCABULARY = 49408
 # Vision keys that MLIPConfig takes and shows as its own; their one home is the vision config.
-VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers")
+VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers", "frequency_embed_weight")
 # Which model each Auto class makes of a configuration, here and where only the saved files are; by `model_type`.
 AUTO_MODELS = {
     "mlip": {
@@ -105,6 +105,9 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
             are ranked; 0 leaves the guide out.
         frequency_layers: blocks of the frequency stage; 0 removes it.
         frequency_hidden_size: its width; `None` is a quarter of `hidden_size`.
+        frequency_embed_weight: what the frequency embedding counts for beside the spatial one, which counts 1, in the
+            embedding of an image. 0 is CLIP's: the spatial one alone. It changes no loss, so it may be set after
+            training; `MLIPConfig` makes it 0 where no loss trains a frequency embedding.
         pooling: `"class"` takes the class token; `"mean"` the mean over patch tokens, weighted by size (CLIPA).
         use_pre_layernorm: `False` leaves out the LayerNorm before the encoder (CLIPA).
         layer_scale_init_value: start of a learned per-channel scale on both residual branches; `None` leaves it out.
@@ -122,6 +125,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     merge_caption_weight: float | int = 0.5
     frequency_layers: int = 2
     frequency_hidden_size: int | None = None
+    frequency_embed_weight: float | int = 0.0
     pooling: str = "class"
     use_pre_layernorm: bool = True
     layer_scale_init_value: float | int | None = None
@@ -153,6 +157,10 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
         _validate_choice("pooling", self.pooling, ("class", "mean"))
         if self.frequency_layers < 0:
             raise ValueError(f"frequency_layers={self.frequency_layers}: choose 0 (no frequency stage) or more.")
+        if not 0 <= self.frequency_embed_weight < math.inf:
+            raise ValueError(
+                f"frequency_embed_weight={self.frequency_embed_weight}: choose 0 (the spatial embedding alone) or more."
+            )
 
     def validate_merging(self):
         if not 0 <= self.merge_ratio < 1:
@@ -189,8 +197,9 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
 
     Args:
         text_config: `MLIPTextConfig`, or a dictionary of its keys.
-        vision_config: `MLIPVisionConfig`, or a dictionary of its keys. `merge_ratio`, `merge_layers`, `merge_method`
-            and `frequency_layers` may also be given to, read from and set on this config, which hands them on.
+        vision_config: `MLIPVisionConfig`, or a dictionary of its keys. `merge_ratio`, `merge_layers`, `merge_method`,
+            `frequency_layers` and `frequency_embed_weight` may also be given to, read from and set on this config,
+            which hands them on.
         projection_dim: width of the space that both towers share; handed on to their configurations.
         logit_scale_init_value: start of the three temperatures, log(1/0.07).
         initializer_factor: scales the standard deviation of the initial projections; each tower has its own.
@@ -237,6 +246,14 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
                 tower = copy.copy(getattr(self, name))
                 tower.projection_dim = self.projection_dim
                 setattr(self, name, tower)
+        if self.vision_config.frequency_embed_weight and not self.has_frequency_loss:
+            self.vision_config = copy.copy(self.vision_config)
+            self.vision_config.frequency_embed_weight = 0.0
+
+    @property
+    def has_frequency_loss(self) -> bool:
+        """Whether there is a frequency embedding: a stage, and a loss that trains its projection."""
+        return self.vision_config.frequency_layers > 0 and self.frequency_loss_weight > 0
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -101,13 +101,14 @@ class MLIPOutput(ModelOutput):
 
     Args:
         loss: scalar, with `return_loss=True`: the weighted sum of the parts that follow.
-        spatial_loss: scalar, InfoNCE of image and text embeddings.
+        spatial_loss: scalar, InfoNCE of spatial and text embeddings.
         frequency_loss: scalar, InfoNCE of frequency and text embeddings.
         token_loss: scalar, InfoNCE of token-level scores.
         logits_per_image: `(B, T)`, scaled cosine similarities.
         logits_per_text: `(T, B)`, the same, transposed.
         text_embeds: `(T, P)`, normalised.
-        image_embeds: `(B, P)`, normalised.
+        image_embeds: `(B, P)`, normalised: the spatial embedding, joined with `frequency_embed_weight` times the
+            frequency embedding.
         frequency_embeds: `(B, P)`, normalised; `None` without a frequency loss.
         pairs: `losses.PairEmbeddings`, all that the losses need of this batch, with `return_pairs=True`.
         text_model_output: output of the text tower.
@@ -504,6 +505,8 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
                 init.constant_(logit_scale, self.config.logit_scale_init_value)
         elif isinstance(module, MLIPVisionModelWithProjection):
             init_weight(module.visual_projection, self.config.hidden_size**-0.5 * factor)
+            if module.frequency_projection is not None:
+                init_weight(module.frequency_projection, self.config.frequency_hidden_size**-0.5 * factor)
         elif isinstance(module, MLIPTextModelWithProjection):
             init_weight(module.text_projection, self.config.hidden_size**-0.5 * factor)
         elif isinstance(module, MLIPForImageClassification) and isinstance(module.classifier, nn.Linear):
@@ -699,6 +702,17 @@ def size_weighted_mean(tokens: torch.Tensor, sizes: torch.Tensor) -> torch.Tenso
     return (weights[:, None, :] @ tokens)[:, 0]
 
 
+def join_embeds(
+    spatial_embeds: torch.Tensor, frequency_embeds: torch.Tensor | None, frequency_weight: float
+) -> torch.Tensor:
+    """The embedding of an image in both domains: `(B, P)`, and `(B, P)` normalised, which counts for
+    `frequency_weight` of the other's length."""
+    if frequency_embeds is None or frequency_weight == 0:
+        return spatial_embeds
+    length = frequency_weight * spatial_embeds.norm(dim=-1, keepdim=True)
+    return spatial_embeds + length * frequency_embeds.to(spatial_embeds.device)
+
+
 class MLIPModel(MLIPPreTrainedModel):
     """Both towers, their projections, temperatures and losses. What the configuration leaves out is not made."""
 
@@ -707,7 +721,6 @@ class MLIPModel(MLIPPreTrainedModel):
         text_size, vision_size = config.text_config.hidden_size, config.vision_config.hidden_size
         frequency_size, shared_size = config.vision_config.frequency_hidden_size, config.projection_dim
         has_stage = config.vision_config.frequency_layers > 0
-        has_frequency_loss = has_stage and config.frequency_loss_weight > 0
         has_token_loss = config.token_loss_weight > 0
         has_token_frequency = has_token_loss and has_stage and config.token_loss_frequency
 
@@ -721,12 +734,12 @@ class MLIPModel(MLIPPreTrainedModel):
         self.vision_model = MLIPVisionModel._from_config(config.vision_config)
         self.visual_projection = projection(vision_size)
         self.text_projection = projection(text_size)
-        self.frequency_projection = projection(frequency_size, has_frequency_loss)
+        self.frequency_projection = projection(frequency_size, config.has_frequency_loss)
         self.token_visual_projection = projection(vision_size, has_token_loss)
         self.token_text_projection = projection(text_size, has_token_loss)
         self.token_frequency_projection = projection(frequency_size, has_token_frequency)
         self.logit_scale = logit_scale()
-        self.frequency_logit_scale = logit_scale(has_frequency_loss)
+        self.frequency_logit_scale = logit_scale(config.has_frequency_loss)
         self.token_logit_scale = logit_scale(has_token_loss)
         self.post_init()
 
@@ -778,8 +791,28 @@ class MLIPModel(MLIPPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MLIPVisionOutput:
         """The vision tower's output for `pixel_values` `(B, 3, height, width)`, its `pooler_output` `(B, P)` projected,
-        not normalised. `text_embeds` `(B, P)` of the images' own captions guide `merge_method="elip"`: the class token
-        looks for what would make its embedding theirs. Mind that images then know their captions."""
+        not normalised, joined with the frequency embedding where `frequency_embed_weight` asks for it. `text_embeds`
+        `(B, P)` of the images' own captions guide `merge_method="elip"`: the class token looks for what would make its
+        embedding theirs. Mind that images then know their captions."""
+        vision_outputs = self._spatial_features(
+            pixel_values, text_embeds, interpolate_pos_encoding, output_token_map, **kwargs
+        )
+        vision_outputs.pooler_output = join_embeds(
+            vision_outputs.pooler_output,
+            self._frequency_embeds(vision_outputs),
+            self.vision_model.config.frequency_embed_weight,
+        )
+        return vision_outputs
+
+    def _spatial_features(
+        self,
+        pixel_values: torch.Tensor,
+        text_embeds: torch.Tensor | None,
+        interpolate_pos_encoding: bool,
+        output_token_map: bool,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MLIPVisionOutput:
+        """`get_image_features` with the spatial embedding `(B, P)` alone."""
         caption_states = None
         if text_embeds is not None:
             weight = self.visual_projection.weight.detach()  # (P, D)
@@ -795,6 +828,12 @@ class MLIPModel(MLIPPreTrainedModel):
         )
         vision_outputs.pooler_output = self.visual_projection(vision_outputs.pooler_output)
         return vision_outputs
+
+    def _frequency_embeds(self, vision_outputs: MLIPVisionOutput) -> torch.Tensor | None:
+        """`(B, P)`, normalised; `None` without a frequency loss."""
+        if self.frequency_projection is None:
+            return None
+        return nn.functional.normalize(self.frequency_projection(vision_outputs.frequency_pooler_output), dim=-1)
 
     @can_return_tuple
     def forward(
@@ -840,27 +879,24 @@ class MLIPModel(MLIPPreTrainedModel):
         )
         text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
         guided = self.training and (return_loss or return_pairs) and self.config.merge_method == "elip"
-        vision_outputs: MLIPVisionOutput = self.get_image_features(
-            pixel_values=pixel_values,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            output_token_map=output_token_map,
-            text_embeds=text_embeds if guided else None,
-            **kwargs,
+        vision_outputs = self._spatial_features(
+            pixel_values, text_embeds if guided else None, interpolate_pos_encoding, output_token_map, **kwargs
         )
-        # Step (2): instance-level embeddings and their similarity
+        # Step (2): instance-level embeddings, of each domain and joined, and their similarity
+        spatial_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
+        frequency_embeds = self._frequency_embeds(vision_outputs)
+        vision_outputs.pooler_output = join_embeds(
+            vision_outputs.pooler_output, frequency_embeds, self.vision_model.config.frequency_embed_weight
+        )
         image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
         logits_per_text = text_embeds @ image_embeds.t().to(text_embeds.device)
         logits_per_text = logits_per_text * self.logit_scale.exp().to(text_embeds.device)
-        frequency_embeds = None
-        if self.frequency_projection is not None:
-            frequency_embeds = self.frequency_projection(vision_outputs.frequency_pooler_output)
-            frequency_embeds = nn.functional.normalize(frequency_embeds, dim=-1)
         # Step (3): what the losses need, and the losses
         pairs, losses = None, {}
         if return_loss or return_pairs:
             caption_mask = self.caption_mask_of(input_ids, attention_mask)
             pairs = PairEmbeddings(
-                image_embeds=image_embeds,
+                image_embeds=spatial_embeds,
                 text_embeds=text_embeds,
                 caption_keys=caption_keys(input_ids, caption_mask),
                 image_keys=image_ids,
@@ -975,6 +1011,9 @@ class MLIPVisionModelWithProjection(MLIPPreTrainedModel):
         super().__init__(config)
         self.vision_model = MLIPVisionModel._from_config(config)
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.frequency_projection = None
+        if config.frequency_layers and config.frequency_embed_weight:
+            self.frequency_projection = nn.Linear(config.frequency_hidden_size, config.projection_dim, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -995,8 +1034,16 @@ class MLIPVisionModelWithProjection(MLIPPreTrainedModel):
             output_token_map=output_token_map,
             **kwargs,
         )
+        frequency_embeds = None
+        if self.frequency_projection is not None:
+            frequency_embeds = self.frequency_projection(vision_outputs.frequency_pooler_output)
+            frequency_embeds = nn.functional.normalize(frequency_embeds, dim=-1)
         return MLIPVisionModelOutput(
-            image_embeds=self.visual_projection(vision_outputs.pooler_output),
+            image_embeds=join_embeds(
+                self.visual_projection(vision_outputs.pooler_output),
+                frequency_embeds,
+                self.config.frequency_embed_weight,
+            ),
             last_hidden_state=vision_outputs.last_hidden_state,
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,

@@ -148,15 +148,19 @@ def test_command_converts_there_and_back_into_one_folder_for_both(tmp_path, caps
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_a_used_frequency_stage_is_dropped_only_on_request(tmp_path):
+@pytest.mark.parametrize("use", ["gate", "frequency_embed_weight"])
+def test_a_used_frequency_stage_is_dropped_only_on_request(tmp_path, use):
     source, _ = clip_folder(tmp_path / "clip")
     ours, processor = convert_checkpoint(source)
-    ours.vision_model.frequency.gate.data += 0.1
+    if use == "gate":
+        ours.vision_model.frequency.gate.data += 0.1
+    else:
+        ours.config.frequency_embed_weight = 0.5
     with pytest.raises(ValueError, match="--drop-frequency"):
         export_checkpoint(ours, processor, tmp_path / "back", format="clip")
     assert not (tmp_path / "back").exists()
     notes = export_checkpoint(ours, processor, tmp_path / "back", format="clip", drop_frequency=True)
-    assert any("gate is not zero" in note for note in notes)
+    assert any("is in use" in note for note in notes)
     CLIPModel.from_pretrained(tmp_path / "back")
 
 

@@ -46,6 +46,11 @@ def assert_same_gradient(found, expected, name):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(float(expected.abs().max()), 1), msg=name)
 
 
+def joined_model(weight: float = 0.5):
+    """A model whose image embeddings are of both domains; its gate is closed, so that the domains are apart."""
+    return small_model(vision={"merge_ratio": 0.5, "frequency_embed_weight": weight})
+
+
 @pytest.mark.parametrize("frequency_layers", [0, 2])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_without_merging_it_is_clip_in_outputs_and_gradients(batch, frequency_layers, attention):
@@ -298,6 +303,60 @@ def test_interpolated_positions_take_other_image_sizes(batch):
         model.get_image_features(larger)
     with pytest.raises(ValueError, match="not divisible by patch_size=4"):
         model.get_image_features(larger[..., :39], interpolate_pos_encoding=True)
+
+
+# Both domains in one embedding
+
+
+def test_the_image_embedding_is_the_weighted_sum_of_both_domains(batch):
+    model = joined_model()
+    alone = joined_model(0.0)
+    joined, spatial = model(**batch, return_loss=True), alone(**batch, return_loss=True)
+    expected = spatial.image_embeds.double() + 0.5 * spatial.frequency_embeds.double()
+    expected = expected / expected.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(joined.image_embeds.double(), expected, rtol=0, atol=1e-6)
+    assert (joined.image_embeds - spatial.image_embeds).abs().max() > 0.01
+    logits = model.logit_scale.exp() * joined.image_embeds @ joined.text_embeds.t()
+    torch.testing.assert_close(joined.logits_per_image, logits, rtol=0, atol=1e-5)
+    # Features keep the length of CLIP's, to within what the other domain adds.
+    features = model.get_image_features(batch["pixel_values"]).pooler_output
+    torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), joined.image_embeds, rtol=0, atol=1e-6)
+    lengths = alone.get_image_features(batch["pixel_values"]).pooler_output.norm(dim=-1)
+    ratio = features.norm(dim=-1) / lengths
+    assert (ratio > 0.5).all() and (ratio < 1.5).all()
+
+
+def test_each_domain_keeps_its_own_loss(batch):
+    """The weight is no part of training: it may be chosen afterwards."""
+    gradients, losses = [], []
+    for weight in (0.0, 0.5):
+        model = joined_model(weight).train()
+        outputs = model(**batch, return_loss=True)
+        outputs.loss.backward()
+        losses.append([outputs.loss, outputs.spatial_loss, outputs.frequency_loss, outputs.token_loss])
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert losses[0] == losses[1]
+    assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items())
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_vision_tower_embeds_as_the_whole_model(batch, tmp_path, weight):
+    model = joined_model()
+    model.config.frequency_embed_weight = weight  # from the next call on, and in what is saved
+    model.save_pretrained(tmp_path)
+    embeds = MLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()(batch["pixel_values"]).image_embeds
+    assert torch.equal(embeds, model.get_image_features(batch["pixel_values"]).pooler_output)
+    assert torch.equal(embeds, joined_model(weight).get_image_features(batch["pixel_values"]).pooler_output)
+
+
+@pytest.mark.parametrize("keys", [{"frequency_loss_weight": 0}, {"frequency_layers": 0}])
+def test_what_no_loss_trains_is_no_part_of_the_embedding(keys):
+    vision = MLIPVisionConfig(**VISION, frequency_embed_weight=0.5)
+    config = MLIPConfig(vision_config=vision, text_config=TEXT)
+    assert config.frequency_embed_weight == 0.5 and config.has_frequency_loss
+    config = MLIPConfig(vision_config=vision, text_config=TEXT, **keys)
+    assert config.frequency_embed_weight == 0 and not config.has_frequency_loss
+    assert vision.frequency_embed_weight == 0.5  # the caller's own stays
 
 
 # Precision and memory
@@ -624,6 +683,8 @@ def test_merge_keys_have_one_home(tmp_path):
         ({"merge_layers": [3, 3]}, "each once"),
         ({"merge_method": "best"}, "'best' is unknown; choose one of 'mlip', 'tome', 'elip'"),
         ({"frequency_layers": -1}, "frequency_layers=-1"),
+        ({"frequency_embed_weight": -0.5}, "frequency_embed_weight=-0.5"),
+        ({"frequency_embed_weight": float("nan")}, "frequency_embed_weight=nan"),
         ({"vision_config": {"image_size": 225}}, r"image_size=225 is not divisible by patch_size=32.*\[224, 256\]"),
         ({"vision_config": {"pooling": "max"}}, "pooling='max'"),
         ({"text_config": {"pooling": "first"}}, "pooling='first'"),

@@ -390,6 +390,7 @@ def test_named_configurations_are_what_their_names_say(name):
         assert vision.patch_size == int(patch)
         assert (vision.hidden_size, vision.num_hidden_layers) == {"b": (768, 12), "l": (1024, 24)}[size]
     assert vision.projection_dim == config.text_config.projection_dim == config.projection_dim
+    assert vision.frequency_embed_weight == 0.5  # from nothing; what starts from CLIP's weights embeds as CLIP
 
 
 def test_overrides_reach_their_home_and_unknown_ones_are_refused():

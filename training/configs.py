@@ -44,6 +44,10 @@ NAMED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 }
 
 
+# Of the frequency embedding in that of an image, for models trained from nothing; with CLIP's weights it begins at 0.
+FREQUENCY_EMBED_WEIGHT = 0.5
+
+
 def named_config(name: str) -> MLIPConfig:
     """The configuration of that name, or of the folder of that name.
 
@@ -61,6 +65,7 @@ def named_config(name: str) -> MLIPConfig:
             }
             for keys in (vision, text)
         ]
+        towers[0]["frequency_embed_weight"] = FREQUENCY_EMBED_WEIGHT
         return MLIPConfig(vision_config=towers[0], text_config=towers[1], projection_dim=projection_dim)
     if (Path(name) / "config.json").is_file():
         return pretrained_config(name)

@@ -416,6 +416,8 @@ def _settings(config: MLIPConfig, trained: bool) -> list[dict[str, str]]:
         if vision.frequency_layers
         else "none",
     }
+    if vision.frequency_embed_weight:
+        settings["image embedding"] = f"spatial + {vision.frequency_embed_weight} x frequency"
     if trained:
         settings["losses"] = " + ".join(losses)
     return [{"setting": key, "value": value} for key, value in settings.items()]

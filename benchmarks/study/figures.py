@@ -69,6 +69,16 @@ def ratio_table(record: dict[str, Any], measure: str) -> list[dict[str, Any]]:
     return rows
 
 
+def weight_table(record: dict[str, Any], measure: str) -> list[dict[str, Any]]:
+    """Accuracy, trained for CLIP's time, for what the frequency embedding counts in that of an image."""
+    rows = []
+    for arm, runs in arms_of(record, "compute").items():
+        if weights := runs[0].get("at_embed_weight"):
+            values = {weight: [run["at_embed_weight"][weight][measure] for run in runs] for weight in weights}
+            rows.append({"": arm, **{f"weight {weight}": mean_and_spread(each) for weight, each in values.items()}})
+    return rows
+
+
 def draw(record: dict[str, Any], name: str) -> Path:
     """Left, every run at equal compute; right, accuracy over the merge ratio chosen after training."""
     measure, label = MEASURES[name]
@@ -113,6 +123,7 @@ def main() -> None:
                 print(f"{title}:\n{format_table(rows)}\n")
         measure, label = MEASURES[results.stem]
         print(f"At other merge ratios than in training, {label}:\n{format_table(ratio_table(record, measure))}\n")
+        print(f"By frequency_embed_weight, {label}:\n{format_table(weight_table(record, measure))}\n")
         print(f"drawn: {draw(record, results.stem)}\n")
 
 

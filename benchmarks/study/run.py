@@ -46,7 +46,6 @@ RESULTS = Path(__file__).parent / "results"
 CLIP = {"frequency_layers": 0, "frequency_loss_weight": 0, "token_loss_weight": 0}
 HALF = {"merge_ratio": 0.5}
 FALLING = {"start_merge_ratio": 0.9}  # an argument of training, not a key of the configuration
-WEAK = {"frequency_loss_weight": 0.2}
 ARMS: dict[str, dict[str, Any]] = {
     "CLIP": CLIP,
     "CLIP + ToMe": {**CLIP, **HALF, "merge_method": "tome"},
@@ -56,8 +55,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "MLIP, no frequency": {**HALF, **FALLING, "frequency_layers": 0, "frequency_loss_weight": 0},
     "MLIP, no token loss": {**HALF, **FALLING, "token_loss_weight": 0},
     "MLIP, no guide": {**HALF, **FALLING, "merge_importance_weight": 0},
-    "MLIP, frequency loss 0.2": {**HALF, **FALLING, **WEAK},
-    "MLIP, frequency loss 0.2, no token loss": {**HALF, **FALLING, **WEAK, "token_loss_weight": 0},
     "MLIP, no falling ratio": HALF,
     "MLIP, no merging": {},
     "MLIP at 0.3": {"merge_ratio": 0.3, **FALLING},
@@ -65,7 +62,9 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 INFERENCE_RATIOS = (0.0, 0.3, 0.5, 0.7)
 # Evaluated at all of them.
-SWEPT = ("MLIP", "MLIP, frequency loss 0.2", "MLIP, no merging", "MLIP at 0.3", "MLIP at 0.7")
+SWEPT = ("MLIP", "MLIP, no merging", "MLIP at 0.3", "MLIP at 0.7")
+# What the frequency embedding counts in that of an image; every arm that has one is evaluated at all of them.
+EMBED_WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 # Pairs per step, peak learning rate, CLIP's steps, and what augmentation does: shift in image sides, scale, colour.
 DATA: dict[str, dict[str, Any]] = {
     "noto-emoji": {"batch": 128, "learning_rate": 5e-4, "steps": 300, "shift": 0.125, "scale": 0.15, "colour": 0.2},
@@ -236,8 +235,15 @@ def train_one(flags: argparse.Namespace, arm: str, seed: int, steps: int) -> dic
         if ratio is not None:
             model.set_merge_ratio(ratio)
         at["trained" if ratio is None else f"{ratio:g}"] = evaluate(flags, model, tokenizer, data)
-    own = at[f"{ARMS[arm].get('merge_ratio', 0):g}"] if arm in SWEPT else at["trained"]
-    return {"arm": arm, "seed": seed, "steps": steps, "cpu_seconds": round(trained, 1), **own, "at_ratio": at}
+    own = ARMS[arm].get("merge_ratio", 0)
+    measured = at[f"{own:g}"] if arm in SWEPT else at["trained"]
+    at_weight = {}
+    model.set_merge_ratio(own)
+    for weight in EMBED_WEIGHTS if model.config.frequency_embed_weight else ():
+        model.config.frequency_embed_weight = weight
+        at_weight[f"{weight:g}"] = evaluate(flags, model, tokenizer, data)
+    run = {"arm": arm, "seed": seed, "steps": steps, "cpu_seconds": round(trained, 1)}
+    return {**run, **measured, "at_ratio": at, **({"at_embed_weight": at_weight} if at_weight else {})}
 
 
 def evaluate(flags: argparse.Namespace, model: MLIPModel, tokenizer: Any, data: dict[str, Any]) -> dict[str, float]:
