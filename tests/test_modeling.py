@@ -639,6 +639,8 @@ def test_initialisation_sets_every_parameter():
         assert scale.item() == pytest.approx(2.6592)
     width, depth = 32, 4
     layer = model.vision_model.encoder.layers[1]
+    joined = small_config(vision={"frequency_embed_weight": 0.5})
+    joined_size = joined.vision_config.frequency_hidden_size
     expected = {  # of OpenAI's CLIP
         layer.self_attn.q_proj: width**-0.5,
         layer.self_attn.k_proj: width**-0.5,
@@ -647,6 +649,7 @@ def test_initialisation_sets_every_parameter():
         layer.mlp.fc1: (2 * width) ** -0.5,
         layer.mlp.fc2: width**-0.5 * (2 * depth) ** -0.5,
         MLIPVisionModelWithProjection(model.config.vision_config).visual_projection: width**-0.5,
+        MLIPVisionModelWithProjection(joined.vision_config).frequency_projection: joined_size**-0.5,
         MLIPTextModelWithProjection(model.config.text_config).text_projection: width**-0.5,
         MLIPForImageClassification(small_config(num_labels=50)).classifier: width**-0.5,
     }
