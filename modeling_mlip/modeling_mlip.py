@@ -702,13 +702,29 @@ def size_weighted_mean(tokens: torch.Tensor, sizes: torch.Tensor) -> torch.Tenso
     return (weights[:, None, :] @ tokens)[:, 0]
 
 
+def embed_frequency(projection: nn.Linear | None, vision_outputs: MLIPVisionOutput) -> torch.Tensor | None:
+    """The frequency embedding `(B, P)`, normalised; `None` of a model that has none."""
+    if projection is None:
+        return None
+    return nn.functional.normalize(projection(vision_outputs.frequency_pooler_output), dim=-1)
+
+
 def join_embeds(
     spatial_embeds: torch.Tensor, frequency_embeds: torch.Tensor | None, frequency_weight: float
 ) -> torch.Tensor:
     """The embedding of an image in both domains: `(B, P)`, and `(B, P)` normalised, which counts for
-    `frequency_weight` of the other's length."""
-    if frequency_embeds is None or frequency_weight == 0:
+    `frequency_weight` of the other's length.
+
+    Raises:
+        ValueError: if the second is asked for and there is none.
+    """
+    if frequency_weight == 0:
         return spatial_embeds
+    if frequency_embeds is None:
+        raise ValueError(
+            f"frequency_embed_weight={frequency_weight}, and this model was made without a frequency embedding: set it "
+            "to 0, or train one (frequency_layers and frequency_loss_weight above 0)."
+        )
     length = frequency_weight * spatial_embeds.norm(dim=-1, keepdim=True)
     return spatial_embeds + length * frequency_embeds.to(spatial_embeds.device)
 
@@ -799,7 +815,7 @@ class MLIPModel(MLIPPreTrainedModel):
         )
         vision_outputs.pooler_output = join_embeds(
             vision_outputs.pooler_output,
-            self._frequency_embeds(vision_outputs),
+            embed_frequency(self.frequency_projection, vision_outputs),
             self.vision_model.config.frequency_embed_weight,
         )
         return vision_outputs
@@ -828,12 +844,6 @@ class MLIPModel(MLIPPreTrainedModel):
         )
         vision_outputs.pooler_output = self.visual_projection(vision_outputs.pooler_output)
         return vision_outputs
-
-    def _frequency_embeds(self, vision_outputs: MLIPVisionOutput) -> torch.Tensor | None:
-        """`(B, P)`, normalised; `None` without a frequency loss."""
-        if self.frequency_projection is None:
-            return None
-        return nn.functional.normalize(self.frequency_projection(vision_outputs.frequency_pooler_output), dim=-1)
 
     @can_return_tuple
     def forward(
@@ -884,7 +894,7 @@ class MLIPModel(MLIPPreTrainedModel):
         )
         # Step (2): instance-level embeddings, of each domain and joined, and their similarity
         spatial_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
-        frequency_embeds = self._frequency_embeds(vision_outputs)
+        frequency_embeds = embed_frequency(self.frequency_projection, vision_outputs)
         vision_outputs.pooler_output = join_embeds(
             vision_outputs.pooler_output, frequency_embeds, self.vision_model.config.frequency_embed_weight
         )
@@ -1034,14 +1044,10 @@ class MLIPVisionModelWithProjection(MLIPPreTrainedModel):
             output_token_map=output_token_map,
             **kwargs,
         )
-        frequency_embeds = None
-        if self.frequency_projection is not None:
-            frequency_embeds = self.frequency_projection(vision_outputs.frequency_pooler_output)
-            frequency_embeds = nn.functional.normalize(frequency_embeds, dim=-1)
         return MLIPVisionModelOutput(
             image_embeds=join_embeds(
                 self.visual_projection(vision_outputs.pooler_output),
-                frequency_embeds,
+                embed_frequency(self.frequency_projection, vision_outputs),
                 self.config.frequency_embed_weight,
             ),
             last_hidden_state=vision_outputs.last_hidden_state,

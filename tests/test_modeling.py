@@ -349,6 +349,16 @@ def test_the_vision_tower_embeds_as_the_whole_model(batch, tmp_path, weight):
     assert torch.equal(embeds, joined_model(weight).get_image_features(batch["pixel_values"]).pooler_output)
 
 
+def test_a_domain_that_the_model_lacks_is_refused(batch):
+    model = small_model(frequency_loss_weight=0)
+    tower = MLIPVisionModelWithProjection(small_config().vision_config)
+    for other in (model, tower):
+        other.config.frequency_embed_weight = 0.5
+    for call in (model.get_image_features, tower):
+        with pytest.raises(ValueError, match="frequency_embed_weight=0.5.*without a frequency embedding"):
+            call(batch["pixel_values"])
+
+
 @pytest.mark.parametrize("keys", [{"frequency_loss_weight": 0}, {"frequency_layers": 0}])
 def test_what_no_loss_trains_is_no_part_of_the_embedding(keys):
     vision = MLIPVisionConfig(**VISION, frequency_embed_weight=0.5)

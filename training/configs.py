@@ -65,8 +65,12 @@ def named_config(name: str) -> MLIPConfig:
             }
             for keys in (vision, text)
         ]
-        towers[0]["frequency_embed_weight"] = FREQUENCY_EMBED_WEIGHT
-        return MLIPConfig(vision_config=towers[0], text_config=towers[1], projection_dim=projection_dim)
+        return MLIPConfig(
+            vision_config=towers[0],
+            text_config=towers[1],
+            projection_dim=projection_dim,
+            frequency_embed_weight=FREQUENCY_EMBED_WEIGHT,
+        )
     if (Path(name) / "config.json").is_file():
         return pretrained_config(name)
     raise ValueError(

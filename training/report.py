@@ -401,7 +401,7 @@ def _settings(config: MLIPConfig, trained: bool) -> list[dict[str, str]]:
     vision = config.vision_config
     token_features = "spatial and frequency" if config.token_loss_frequency and vision.frequency_layers else "spatial"
     losses = ["image-caption InfoNCE"]
-    if config.frequency_loss_weight and vision.frequency_layers:
+    if config.has_frequency_loss:
         losses.append(f"{config.frequency_loss_weight} x frequency-caption InfoNCE")
     if config.token_loss_weight:
         losses.append(f"{config.token_loss_weight} x token-level InfoNCE ({token_features} features)")

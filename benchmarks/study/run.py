@@ -237,11 +237,11 @@ def train_one(flags: argparse.Namespace, arm: str, seed: int, steps: int) -> dic
         at["trained" if ratio is None else f"{ratio:g}"] = evaluate(flags, model, tokenizer, data)
     own = ARMS[arm].get("merge_ratio", 0)
     measured = at[f"{own:g}"] if arm in SWEPT else at["trained"]
-    at_weight = {}
     model.set_merge_ratio(own)
-    for weight in EMBED_WEIGHTS if model.config.frequency_embed_weight else ():
+    at_weight, trained_weight = {}, model.config.frequency_embed_weight
+    for weight in EMBED_WEIGHTS if trained_weight else ():
         model.config.frequency_embed_weight = weight
-        at_weight[f"{weight:g}"] = evaluate(flags, model, tokenizer, data)
+        at_weight[f"{weight:g}"] = measured if weight == trained_weight else evaluate(flags, model, tokenizer, data)
     run = {"arm": arm, "seed": seed, "steps": steps, "cpu_seconds": round(trained, 1)}
     return {**run, **measured, "at_ratio": at, **({"at_embed_weight": at_weight} if at_weight else {})}
 
