@@ -95,7 +95,7 @@ def measure(folder: Path) -> dict:
     """Convert and write as `mlip convert` does."""
     import open_clip  # noqa: F401  its import is not part of what is measured
 
-    from modeling_mlip.conversion.convert import convert, new_folder, write_mlip
+    from modeling_mlip.conversion.checkpoints import convert, new_folder, write_mlip
 
     before, began = _peak_bytes(), time.perf_counter()
     conversion = convert(folder)
@@ -115,7 +115,8 @@ def measure_on_meta(name: str) -> dict:
     import open_clip
 
     from modeling_mlip import MLIPConfig, MLIPModel
-    from modeling_mlip.conversion import configs, tables
+    from modeling_mlip.conversion import open_clip_configurations as configs
+    from modeling_mlip.conversion import tables
 
     began = time.perf_counter()
     model_cfg = open_clip.get_model_config(name)

@@ -33,9 +33,10 @@ import datasets
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_mlip.training import checkpoint, train
-from modeling_mlip.training.shapes import shapes_dataset
-from modeling_mlip.training.tokenizer import train_tokenizer
+from modeling_mlip.data.caption_tokenizer import train_tokenizer
+from modeling_mlip.data.shapes import shapes_dataset
+from modeling_mlip.training import checkpoint
+from modeling_mlip.training.train import train
 from modeling_mlip.training.trainer import MLIPTrainer
 
 RESULTS = Path(__file__).parent / "results" / "kill_and_resume.json"

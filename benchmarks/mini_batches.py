@@ -27,9 +27,10 @@ import psutil
 import torch
 
 from modeling_mlip import MLIPModel
-from modeling_mlip.training import MLIPTrainer, MLIPTrainingArguments
-from modeling_mlip.training.configs import named_config, override_config
-from modeling_mlip.training.report import format_table
+from modeling_mlip.hub.configurations import named_config, override_config
+from modeling_mlip.hub.formatting import format_table
+from modeling_mlip.training.arguments import MLIPTrainingArguments
+from modeling_mlip.training.trainer import MLIPTrainer
 
 RESULTS = Path(__file__).parent / "results" / "mini_batches.json"
 MIB = 2**20

@@ -51,8 +51,8 @@ from transformers.models.clip.modeling_clip import CLIPMLP, CLIPVisionEmbeddings
 
 import modeling_mlip.modeling_mlip as modeling
 from modeling_mlip import MLIPConfig, MLIPModel, MLIPVisionModel
-from modeling_mlip.training.configs import named_config, override_config
-from modeling_mlip.training.report import format_table
+from modeling_mlip.hub.configurations import named_config, override_config
+from modeling_mlip.hub.formatting import format_table
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 CLIP, OPEN_CLIP, TIMM = "CLIP (transformers)", "CLIP (open_clip)", "ViT (timm)"

@@ -17,8 +17,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_mlip import MLIPModel
-from modeling_mlip.training.configs import named_config, override_config
-from modeling_mlip.training.report import format_table
+from modeling_mlip.hub.configurations import named_config, override_config
+from modeling_mlip.hub.formatting import format_table
 
 RESULTS = Path(__file__).parent / "results" / "training_cost.json"
 CAPTION_LENGTH = 77

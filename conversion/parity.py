@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from modeling_mlip import MLIPConfig, MLIPModel
 
-from .configs import highest_id, towers
+from .open_clip_configurations import highest_id, towers
 
 TOLERANCE = 1e-4
 # Layers are reported in this many groups for each tower.

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPConfig
 
-from .configs import (
+from .open_clip_configurations import (
     SUPPORTED,
     mlip_config_of_clip,
     mlip_config_of_open_clip,

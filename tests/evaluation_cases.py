@@ -9,10 +9,10 @@ from conftest import TEXT, VISION, small_config
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from modeling_mlip import MLIPConfig, MLIPModel
-from modeling_mlip.training.command import main as mlip
-from modeling_mlip.training.report import write_model_card
-from modeling_mlip.training.shapes import shapes_dataset
-from modeling_mlip.training.tokenizer import train_tokenizer
+from modeling_mlip.data.caption_tokenizer import train_tokenizer
+from modeling_mlip.data.shapes import shapes_dataset
+from modeling_mlip.hub.cli import main as mlip
+from modeling_mlip.hub.model_card import write_model_card
 
 OPEN_CLIP_CFG = {
     "embed_dim": 24,

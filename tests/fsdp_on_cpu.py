@@ -7,7 +7,7 @@ import sys
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from modeling_mlip.training.command import main
+from modeling_mlip.hub.cli import main
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"

@@ -11,6 +11,14 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 ROOT = Path(__file__).parent.parent
 PURE = ("frequency.py", "losses.py", "token_merging.py")
+# Room -> the rooms that it may import beside the model.
+MAY_IMPORT = {
+    "hub": set(),
+    "data": {"hub"},
+    "evaluation": {"data", "hub"},
+    "training": {"evaluation", "data", "hub"},
+    "conversion": {"hub"},
+}
 HUB_FILES = {"configuration_mlip.py", "modeling_mlip.py", *PURE}
 
 
@@ -26,27 +34,31 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
 
 
 def files(folder: str) -> list[Path]:
-    found = sorted((ROOT / folder).glob("*.py"))
+    found = sorted((ROOT / folder).rglob("*.py"))
     assert found, f"{folder} holds no module"
     return found
 
 
 @pytest.mark.parametrize("path", files("modeling_mlip"), ids=lambda path: path.name)
-def test_the_model_imports_neither_training_nor_conversion(path):
+def test_the_model_imports_no_room(path):
     for level, module in imports_of(path):
         assert level in (0, 1)
         assert not (level == 0 and module.startswith("modeling_mlip"))
-        assert not re.match(r"(modeling_mlip\.)?(training|conversion)\b", module)
+        assert not re.match(r"(modeling_mlip\.)?(hub|data|evaluation|training|conversion)\b", module)
 
 
-@pytest.mark.parametrize("folder, other", [("training", "conversion"), ("conversion", "training")])
-def test_training_and_conversion_do_not_know_each_other(folder, other):
-    for path in files(folder):
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms_import_in_one_direction(room):
+    allowed = {"modeling_mlip", *MAY_IMPORT[room]}
+    for path in files(room):
+        depth = len(path.relative_to(ROOT).parts) - 1
         for level, module in imports_of(path):
-            assert other not in module.split("."), f"{path.name} imports {module}"
-            assert level in (0, 1)
-            if level == 0:
-                assert not module.startswith(f"modeling_mlip.{folder}"), f"{path.name}: inside, imports are relative"
+            assert level <= depth, f"{path}: a relative import that leaves the room"
+            if level == 0 and module.split(".")[0] == "modeling_mlip":
+                parts = module.split(".")
+                target = parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else "modeling_mlip"
+                assert target != room, f"{path}: inside a room, imports are relative"
+                assert target in allowed, f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("name", PURE)

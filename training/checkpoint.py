@@ -23,8 +23,10 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
-from .data import SkipBudget, StreamedPairDataset
-from .guard import StepGuard
+from modeling_mlip.data.items import StreamedPairDataset
+from modeling_mlip.data.skip_budget import SkipBudget
+
+from .step_guard import StepGuard
 
 UNFINISHED = "_unfinished"  # names that begin with _ are not pushed
 DATA_STATE = "data_state_{}.json"  # of each process

@@ -13,12 +13,16 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from .arguments import DataArguments, MLIPTrainingArguments, ModelArguments
-from .data import load_pairs
-from .encoders import make_encoder
-from .evaluate import EvaluationArguments, evaluate_model
-from .report import format_table, retrieval_picture, write_report
-from .shapes import ATTRIBUTES, PROMPTS
+from modeling_mlip.data.arguments import DataArguments
+from modeling_mlip.data.shapes import ATTRIBUTES, PROMPTS
+from modeling_mlip.data.sources import load_pairs
+from modeling_mlip.evaluation.encoders import make_encoder
+from modeling_mlip.evaluation.evaluate_command import EvaluationArguments, evaluate_model
+from modeling_mlip.evaluation.html_page import write_report
+from modeling_mlip.evaluation.plots import retrieval_picture
+from modeling_mlip.hub.formatting import format_table
+
+from .arguments import MLIPTrainingArguments, ModelArguments
 from .train import CURVES, train
 
 MERGE_RATIOS = (0.0, 0.3, 0.5, 0.7)
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(folder)
 
     # Step (3): evaluate on combinations that training never showed, at several merge ratios
-    held_out = load_pairs(data_args)["validation"]
+    held_out = load_pairs(**data_args.source(), **data_args.columns())["validation"]
     args = EvaluationArguments(label_columns=list(PROMPTS), templates=list(PROMPTS.values()))
     encoder, rows = make_encoder(str(folder), model, processor), []
     for merge_ratio in MERGE_RATIOS:

@@ -16,14 +16,25 @@ from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, HfArg
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_mlip import MLIPConfig, MLIPModel
+from modeling_mlip.data.arguments import DataArguments
+from modeling_mlip.data.caption_tokenizer import train_tokenizer
+from modeling_mlip.data.columns import find_columns
+from modeling_mlip.data.items import build_pairs, read_captions
+from modeling_mlip.data.sources import load_pairs
+from modeling_mlip.hub.configurations import (
+    MODEL_FIELDS,
+    VISION_FIELDS,
+    named_config,
+    override_config,
+    pretrained_config,
+)
+from modeling_mlip.hub.errors import hub_errors
+from modeling_mlip.hub.formatting import format_table
+from modeling_mlip.hub.loading import load_pretrained, load_processor
+from modeling_mlip.hub.model_card import write_model_card
 
-from .arguments import DataArguments, MLIPTrainingArguments, ModelArguments
-from .configs import MODEL_FIELDS, VISION_FIELDS, named_config, override_config, pretrained_config
-from .data import build_pairs, find_columns, load_pairs, read_captions
-from .errors import hub_errors
-from .loading import load_pretrained, load_processor
-from .report import format_table, plot_learning_curves, write_model_card
-from .tokenizer import train_tokenizer
+from .arguments import MLIPTrainingArguments, ModelArguments
+from .learning_curves import plot_learning_curves
 from .trainer import MLIPTrainer
 
 CURVES = "learning_curves.png"
@@ -87,7 +98,7 @@ def build_processor(
     elif data_args.streaming:
         raise ValueError("A tokenizer cannot be trained on a stream; give --tokenizer_name, a folder or a Hub id.")
     else:
-        column = find_columns(pairs["train"], data_args)[1]
+        column = find_columns(pairs["train"], **data_args.columns())[1]
         cells = pairs["train"].select_columns([column.partition(".")[0]])
         captions = (text for row in cells for text in read_captions(_inner(row, column)))
         tokenizer = train_tokenizer(captions, max_seq_length=context)
@@ -154,7 +165,7 @@ def train(
     if data_args.max_seq_length is not None and not 3 <= data_args.max_seq_length <= context:
         raise ValueError(f"max_seq_length={data_args.max_seq_length}: choose 3 to {context}, the model's context.")
     # Step (2): data, tokenizer, model
-    pairs = load_pairs(data_args)
+    pairs = load_pairs(**data_args.source(), **data_args.columns())
     if "train" not in pairs:
         raise ValueError("The data has no split to train on; give one as --train_file.")
     if data_args.streaming and training_args.max_steps <= 0:
@@ -162,7 +173,7 @@ def train(
     processor = build_processor(model_args, data_args, config, pairs)
     model = build_model(model_args, config, processor.tokenizer)
     datasets = {
-        split: build_pairs(rows, data_args, processor, training_args.seed, training=split == "train")
+        split: build_pairs(rows, processor, training=split == "train", seed=training_args.seed, **data_args.items())
         for split, rows in pairs.items()
     }
     if "validation" not in datasets:

@@ -23,16 +23,19 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_mlip import MLIPModel
+from modeling_mlip.data.collators import EvaluationCollator, PairCollator
+from modeling_mlip.data.items import build_pairs
+from modeling_mlip.data.skip_budget import SkipBudget
+from modeling_mlip.evaluation.embedding import encode_pairs
+from modeling_mlip.evaluation.metrics import retrieval_metrics
+from modeling_mlip.hub.errors import error_line
 from modeling_mlip.losses import MAX_LOGIT_SCALE, PairEmbeddings
 
-from .arguments import DataArguments, MLIPTrainingArguments
+from .arguments import MLIPTrainingArguments
 from .checkpoint import InterruptibleTrainer
-from .data import EvaluationCollator, PairCollator, SkipBudget, build_pairs
 from .distributed import gather_columns, gather_numbers, num_processes, row_share
-from .errors import error_line
-from .guard import StepGuard
-from .metrics import encode_pairs, retrieval_metrics
 from .mini_batches import RandomState, embeddings, join, split_batch
+from .step_guard import StepGuard
 
 LOSS_PARTS = ("spatial_loss", "frequency_loss", "token_loss")
 # Parameters of two and more dimensions that are no weights of a linear map, or biases of one in disguise.
@@ -55,7 +58,7 @@ def items_of(dataset: Any, processor: CLIPProcessor, seed: int, training: bool =
     """The items of the rows of a data set of `datasets`; any other data set has its own."""
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return dataset
-    return build_pairs(dataset, DataArguments(), processor, seed, training)
+    return build_pairs(dataset, processor, seed=seed, training=training)
 
 
 class MLIPTrainer(InterruptibleTrainer):

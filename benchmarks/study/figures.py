@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from modeling_mlip.training.report import format_table
+from modeling_mlip.hub.formatting import format_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from run import steps_of  # noqa: E402

@@ -34,13 +34,15 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPProcessor, set_seed
 
 from modeling_mlip import MLIPConfig, MLIPModel
-from modeling_mlip.training import MLIPTrainer, MLIPTrainingArguments
-from modeling_mlip.training.arguments import DataArguments
-from modeling_mlip.training.configs import named_config, override_config
-from modeling_mlip.training.data import load_pairs, read_image
-from modeling_mlip.training.metrics import class_embeddings, evaluating, retrieval_metrics, zero_shot_metrics
-from modeling_mlip.training.shapes import ATTRIBUTES, PROMPTS
-from modeling_mlip.training.tokenizer import train_tokenizer
+from modeling_mlip.data.caption_tokenizer import train_tokenizer
+from modeling_mlip.data.items import read_image
+from modeling_mlip.data.shapes import ATTRIBUTES, PROMPTS
+from modeling_mlip.data.sources import load_pairs
+from modeling_mlip.evaluation.embedding import class_embeddings, evaluating
+from modeling_mlip.evaluation.metrics import retrieval_metrics, zero_shot_metrics
+from modeling_mlip.hub.configurations import named_config, override_config
+from modeling_mlip.training.arguments import MLIPTrainingArguments
+from modeling_mlip.training.trainer import MLIPTrainer
 
 RESULTS = Path(__file__).parent / "results"
 CLIP = {"frequency_layers": 0, "frequency_loss_weight": 0, "token_loss_weight": 0}
@@ -114,7 +116,7 @@ def augment(
 def load(flags: argparse.Namespace) -> dict[str, Any]:
     """Both splits as uint8 images `(N, 3, S, S)` and captions, with the labels of the drawn shapes."""
     files = {"train_file": flags.train_file, "validation_file": flags.validation_file}
-    splits = load_pairs(DataArguments(dataset_name="shapes") if flags.data == "shapes" else DataArguments(**files))
+    splits = load_pairs(dataset_name="shapes") if flags.data == "shapes" else load_pairs(**files)
     if flags.data == "noto-emoji":
         splits = fresh_split(splits)
     found: dict[str, Any] = {}

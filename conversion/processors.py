@@ -1,0 +1,227 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""A CLIPProcessor that gives the pixels and token ids of OpenCLIP, and OpenCLIP's settings of a CLIPProcessor.
+
+OpenCLIP cleans a text before it tokenizes (HTML entities, curly quotes, white space; case or punctuation, by model) and
+overwrites [SEP] for some; here both are steps of the tokenizer itself, so that they are saved with it.
+"""
+
+import gzip
+import importlib.resources
+import importlib.util
+import string
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, normalizers, processors
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .open_clip_configurations import CLIP_BOS, CLIP_EOS, CLIP_VOCAB
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+RESAMPLE = {"bicubic": 3, "bilinear": 2, "random": 3}  # PIL's numbers; OpenCLIP takes bicubic for "random" at inference
+# What OpenCLIP's cleaning (html.unescape twice, ftfy) does to captions as they are found on the web.
+REPLACED = {
+    "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#39;": "'", "&#x27;": "'", "&apos;": "'", "&nbsp;": " ",
+    "[\u02bc\u2018-\u201b]": "'", "[\u201c-\u201f]": '"',
+    "\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl",
+}  # fmt: skip
+
+
+def processor_of_open_clip(
+    model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], image_size: int, folder: Path | None
+) -> CLIPProcessor:
+    """The processor that OpenCLIP's configs describe.
+
+    Args:
+        folder: where the files of a Hugging Face tokenizer may lie; otherwise its name is looked up.
+
+    Raises:
+        ValueError, OSError: if a setting is not supported, or the tokenizer is not to be found.
+    """
+    return CLIPProcessor(
+        image_processor=image_processor_of(preprocess_cfg, image_size),
+        tokenizer=tokenizer_of(model_cfg["text_cfg"], folder),
+    )
+
+
+def image_processor_of(preprocess_cfg: dict[str, Any], image_size: int) -> CLIPImageProcessor:
+    """OpenCLIP's transform for inference; `image_size` is the model's, which OpenCLIP puts before the config's."""
+    mean, std = preprocess_cfg.get("mean", OPENAI_CLIP_MEAN), preprocess_cfg.get("std", OPENAI_CLIP_STD)
+    interpolation = preprocess_cfg.get("interpolation") or "bicubic"
+    mode = preprocess_cfg.get("resize_mode") or "shortest"
+    sizes = {
+        "shortest": {"shortest_edge": image_size},
+        "squash": {"height": image_size, "width": image_size},
+        "longest": {"max_height": image_size, "max_width": image_size},
+    }
+    if mode not in sizes or interpolation not in RESAMPLE:
+        raise ValueError(
+            f"preprocess_cfg has resize_mode={mode!r} and interpolation={interpolation!r}; supported are "
+            f"{', '.join(sizes)} and {', '.join(RESAMPLE)}."
+        )
+    if mode == "longest" and preprocess_cfg.get("fill_color"):
+        raise ValueError(
+            f"preprocess_cfg has fill_color={preprocess_cfg['fill_color']}: CLIPImageProcessor pads with 0."
+        )
+    return CLIPImageProcessor(
+        size=sizes[mode],
+        crop_size={"height": image_size, "width": image_size},
+        do_center_crop=mode != "squash",  # with "longest" it pads
+        resample=RESAMPLE[interpolation],
+        image_mean=list(mean) if isinstance(mean, list | tuple) else [mean] * 3,
+        image_std=list(std) if isinstance(std, list | tuple) else [std] * 3,
+    )
+
+
+def preprocess_cfg_of(images: CLIPImageProcessor, image_size: int) -> dict[str, Any]:
+    """OpenCLIP's preprocess_cfg of an image processor; the inverse of `image_processor_of`."""
+    size = {key: value for key, value in dict(images.size).items() if value}
+    mode = {"shortest_edge": "shortest", "height": "squash", "max_height": "longest"}.get(next(iter(sorted(size))))
+    if mode is None or set(size.values()) != {image_size}:
+        raise ValueError(f"OpenCLIP cannot resize to {size} for images of {image_size}.")
+    names = {number: name for name, number in RESAMPLE.items() if name != "random"}
+    if int(images.resample) not in names:
+        raise ValueError(f"OpenCLIP has no interpolation like resample={images.resample}.")
+    return {
+        "size": image_size,
+        "mode": "RGB",
+        "mean": list(images.image_mean),
+        "std": list(images.image_std),
+        "interpolation": names[int(images.resample)],
+        "resize_mode": mode,
+        "fill_color": 0,
+    }
+
+
+# Tokenizers
+
+
+def tokenizer_of(text_cfg: dict[str, Any], folder: Path | None) -> PreTrainedTokenizerFast:
+    """The tokenizer of OpenCLIP's text_cfg: CLIP's own, or the Hugging Face one that it names."""
+    options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    clean, strip_sep = options.pop("clean", None), options.pop("strip_sep_token", False)
+    length = options.pop("context_length", None) or text_cfg.get("context_length", 77)
+    if options or text_cfg.get("tokenizer_mode"):
+        options |= {"tokenizer_mode": text_cfg["tokenizer_mode"]} if text_cfg.get("tokenizer_mode") else {}
+        raise ValueError(f"the tokenizer has the settings {options}, which MLIP does not support.")
+    name = text_cfg.get("hf_tokenizer_name")
+    if not name:
+        return _with_cleaning(_clip_tokenizer(folder), clean or "lower", length, split_special_tokens=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_files_or(folder, name))
+    except (OSError, ValueError, ImportError) as error:
+        raise OSError(
+            f"the tokenizer {name} could not be loaded ({str(error).splitlines()[0]}): "
+            "put its files (tokenizer.json, tokenizer_config.json) beside the weights, or connect to the Hub."
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"the tokenizer {name} ({type(tokenizer).__name__}) has no tokenizer.json, which MLIP needs.")
+    if len(tokenizer) > text_cfg.get("vocab_size", CLIP_VOCAB):
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {text_cfg['vocab_size']}.")
+    if strip_sep:
+        _overwrite_sep(tokenizer)
+    name = tokenizer.init_kwargs.get("hf_tokenizer_name", name)
+    return _with_cleaning(tokenizer, clean or "whitespace", length, hf_tokenizer_name=name)
+
+
+def _files_or(folder: Path | None, name: str) -> Path | str:
+    if folder is not None and any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return folder
+    return name
+
+
+def _clip_tokenizer(folder: Path | None) -> PreTrainedTokenizerFast:
+    """CLIP's byte-pair encoding: from open_clip's vocabulary file, files in `folder`, or OpenAI's page on the Hub.
+
+    It pads with id 0, as OpenCLIP does. That id is "!", so special tokens are not looked for in a text: an exclamation
+    mark in a caption stays one.
+    """
+    if importlib.util.find_spec("open_clip") is not None:
+        packed = importlib.resources.files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
+        lines = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")
+        vocab, merges = clip_vocabulary(lines[1:])
+        return CLIPTokenizer(vocab=vocab, merges=merges, pad_token="!")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(_files_or(folder, "openai/clip-vit-base-patch32"))
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes an empty one of missing files
+            raise OSError("no file of a vocabulary was found")
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"CLIP's vocabulary is not at hand ({str(error).splitlines()[0]}): install open_clip_torch, "
+            "put tokenizer.json beside the weights, or connect to the Hub."
+        ) from None
+    tokenizer.pad_token = "!"
+    return tokenizer
+
+
+def clip_vocabulary(merge_lines: list[str]) -> tuple[dict[str, int], list[Any]]:
+    """CLIP's 49 408 tokens and 48 894 merges from the lines of its merges file: bytes, bytes at a word's end, merges,
+    start and end."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = 256 - len(printable)
+    characters = [chr(code) for code in printable] + [chr(256 + i) for i in range(rest)]  # GPT-2's byte alphabet
+    num_merges = CLIP_VOCAB - 2 * 256 - 2
+    merges = [tuple(line.split()) for line in merge_lines[:num_merges]]
+    tokens = [*characters, *(c + "</w>" for c in characters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def _overwrite_sep(tokenizer: PreTrainedTokenizerFast) -> None:
+    """[CLS] text [SEP] becomes [CLS] text [id 0], as CLIPA was trained."""
+    zero = tokenizer.convert_ids_to_tokens(0)
+    cls, cls_id = tokenizer.cls_token, tokenizer.cls_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {zero}", pair=f"{cls} $A {zero} $B {zero}", special_tokens=[(cls, cls_id), (zero, 0)]
+    )
+
+
+def _cleaning(clean: str) -> list[normalizers.Normalizer]:
+    steps: list[normalizers.Normalizer] = [
+        normalizers.Replace(Regex(old) if old[0] == "[" else old, new) for old, new in REPLACED.items()
+    ]
+    if clean == "canonicalize":
+        punctuation = "".join("\\" + character for character in string.punctuation.replace("_", ""))
+        steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(f"[{punctuation}]"), "")]
+    if clean in ("canonicalize", "lower"):
+        steps += [normalizers.Lowercase()]
+    elif clean != "whitespace":
+        raise ValueError(f"the tokenizer cleans texts by {clean!r}; known are canonicalize, lower and whitespace.")
+    return [normalizers.NFC(), *steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+
+
+def _with_cleaning(tokenizer: PreTrainedTokenizerFast, clean: str, length: int, **options) -> PreTrainedTokenizerFast:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    before = [backend.normalizer] if backend.normalizer is not None else []
+    backend.normalizer = normalizers.Sequence([*_cleaning(clean), *before])
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=length,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        **special,
+        **options,
+    )
+
+
+def has_clip_vocabulary(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether OpenCLIP's built-in tokenizer gives the same ids."""
+    ids = tokenizer("a photo of a cat").input_ids
+    return ids == [CLIP_BOS, 320, 1125, 539, 320, 2368, CLIP_EOS]
+
+
+def text_cfg_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What OpenCLIP's text_cfg says of the tokenizer; a Hugging Face one is loaded from the folder that is written."""
+    if has_clip_vocabulary(tokenizer):
+        return {}
+    return {
+        "hf_tokenizer_name": tokenizer.init_kwargs.get("hf_tokenizer_name") or tokenizer.name_or_path or "tokenizer"
+    }

@@ -1,0 +1,59 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""TODO docstring."""
+
+import torch
+from torch import Tensor, nn
+
+from modeling_mlip import MLIPModel
+from modeling_mlip.losses import TokenEmbeddings, temperature, token_scores
+
+from .embedding import EncodedPairs
+from .metrics import Rescore
+
+
+def token_rescore(model: MLIPModel, encoded: EncodedPairs, weight: float) -> tuple[Rescore, Rescore]:
+    """Scores for `retrieval_metrics` that add what the tokens say: the cosine of the embeddings times its learned
+    temperature, plus `weight` times the late-interaction score of the same direction times its own.
+
+    Args:
+        model: that `encoded` is of, with tokens.
+        weight: 0 leaves the order of the candidates as it was.
+
+    Source: FILIP (Yao et al. 2022, arXiv 2111.07783) for the score of tokens.
+    """
+    bank = encoded.tokens
+    if bank is None:
+        raise ValueError("The tokens were not kept; call encode_pairs(..., with_tokens=True).")
+    device = model.device
+    scale, token_scale = temperature(model.logit_scale).item(), temperature(model.token_logit_scale).item()
+
+    def tokens_of(images: list[int], captions: list[int]) -> TokenEmbeddings:
+        text = [bank.text_tokens[caption].float() for caption in captions]
+        weights = [bank.image_weights[image] for image in images]
+        embeddings = TokenEmbeddings(
+            image_tokens=torch.stack([bank.image_tokens[image].float() for image in images]),
+            image_weights=torch.stack(weights),
+            text_tokens=nn.utils.rnn.pad_sequence(text, batch_first=True),
+            text_mask=nn.utils.rnn.pad_sequence([tokens.new_ones(len(tokens)) for tokens in text], True).bool(),
+        )
+        return TokenEmbeddings(*(tensor.to(device) for tensor in embeddings))
+
+    @torch.inference_mode()
+    def of_images(rows: Tensor, candidates: Tensor) -> Tensor:
+        scores = torch.einsum("qd,qkd->qk", encoded.image_embeds[rows], encoded.text_embeds[candidates])
+        tokens = [
+            token_scores(*tokens_of([image], captions))[0][0].cpu()  # (1, K) -> (K,)
+            for image, captions in zip(rows.tolist(), candidates.tolist(), strict=True)
+        ]
+        return scale * scores + weight * token_scale * torch.stack(tokens)
+
+    @torch.inference_mode()
+    def of_captions(rows: Tensor, candidates: Tensor) -> Tensor:
+        scores = torch.einsum("qd,qkd->qk", encoded.text_embeds[rows], encoded.image_embeds[candidates])
+        tokens = [
+            token_scores(*tokens_of(images, [caption]))[1][:, 0].cpu()  # (K, 1) -> (K,)
+            for caption, images in zip(rows.tolist(), candidates.tolist(), strict=True)
+        ]
+        return scale * scores + weight * token_scale * torch.stack(tokens)
+
+    return of_images, of_captions

@@ -1,0 +1,433 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""What is saved loads anywhere, what is pushed arrives whole, and what is damaged is refused in one line.
+
+"Where this package is absent" is a fresh process whose path holds all that is installed here but this package.
+"""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import TEXT, VISION, open_gate, small_config, small_model
+from hub_server import OTHER_TOKEN, TOKEN, running_hub
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+import modeling_mlip
+from modeling_mlip import MLIPConfig, MLIPModel, MLIPTextConfig, MLIPVisionConfig
+from modeling_mlip.data.caption_tokenizer import train_tokenizer
+from modeling_mlip.data.shapes import shapes_dataset
+from modeling_mlip.hub import without_package as reload
+from modeling_mlip.hub.cli import main as mlip
+from modeling_mlip.hub.loading import load_pretrained, load_saved
+from modeling_mlip.hub.model_card import write_model_card
+from modeling_mlip.hub.push import examine
+
+ROOT = Path(__file__).parents[2]
+CLASSES = [
+    getattr(modeling_mlip, name)
+    for name in modeling_mlip.__all__
+    if "Config" not in name and name != "MLIPPreTrainedModel"
+]
+
+# Loads every folder of ROOT by every Auto class, notes what came, and saves what it loaded to AGAIN.
+STRANGER = """
+import importlib.util, json, sys
+from pathlib import Path
+import torch, transformers
+from safetensors.torch import save_file
+
+assert importlib.util.find_spec("modeling_mlip") is None
+sys.path.insert(0, {reload_folder!r})
+from reload import load_as_stranger, observe
+
+folders, seen, again = json.loads(sys.argv[1]), {{}}, sys.argv[2]
+for name, folder in folders.items():
+    if Path(folder).is_dir():
+        model, processor = load_as_stranger(folder)
+    else:  # a Hub id
+        model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    seen |= {{f"{{name}} {{key}}": value for key, value in observe(model, processor).items()}}
+    if again:
+        model.save_pretrained(f"{{again}}/{{name}}")
+    if name != "MLIPModel":
+        continue
+    assert transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "mlip"
+    zero_shot = transformers.AutoModelForZeroShotImageClassification.from_pretrained(folder, trust_remote_code=True)
+    assert all(torch.equal(a, b) for a, b in zip(zero_shot.parameters(), model.parameters(), strict=True))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert tokenizer("two dogs").input_ids == processor.tokenizer("two dogs").input_ids
+    images = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert images.to_dict() == processor.image_processor.to_dict()
+    if again:
+        processor.save_pretrained(f"{{again}}/{{name}}")
+save_file(seen, sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, str]:
+    """A folder for each public class; `MLIPModel`'s has a processor and a model card too."""
+    root = tmp_path_factory.mktemp("saved")
+    tokenizer = train_tokenizer(["a photo of a cat", "two dogs"] * 9, max_seq_length=TEXT["max_position_embeddings"])
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    whole = open_gate(small_model(vision={"merge_ratio": 0.5}, text={**ids, "vocab_size": len(tokenizer)}))
+    folders = {model_class.__name__: str(root / model_class.__name__) for model_class in CLASSES}
+    for model_class in CLASSES:
+        config = {MLIPTextConfig: whole.config.text_config, MLIPVisionConfig: whole.config.vision_config}
+        model = whole if model_class is MLIPModel else model_class(config.get(model_class.config_class, whole.config))
+        model.save_pretrained(folders[model_class.__name__])
+    size = VISION["image_size"]
+    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(root / "MLIPModel")
+    write_model_card(
+        root / "MLIPModel",
+        metrics={"eval_text_to_image_recall@1": 61.2},
+        config=whole.config,
+        dataset="owner/pairs",
+        base_model=None,
+        training={"steps": 4},
+        curves=None,
+    )
+    return folders
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    """The folder of `MLIPModel`, to be damaged."""
+    return Path(shutil.copytree(saved["MLIPModel"], tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with running_hub(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def site_without_us(tmp_path_factory) -> str:
+    """A folder to import from: all that is installed here but this package."""
+    folder = tmp_path_factory.mktemp("site")
+    for site in [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]:
+        for path in site.iterdir():
+            if "modeling_mlip" not in path.name and not (folder / path.name).exists():
+                (folder / path.name).symlink_to(path)
+    return str(folder)
+
+
+def run(arguments: list[str], cwd: Path, hub=None, fails: bool = False, **environment: str) -> str:
+    """Output and errors of a Python process that knows no Hub but `hub`, and no cache but its own."""
+    given = {"HF_HOME": str(cwd / "cache"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+    given |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url} if hub else {}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env={**os.environ, **given, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert (done.returncode != 0) == fails, done.stdout
+    return done.stdout
+
+
+def run_stranger(folders: dict[str, str], cwd: Path, site: str, again: str = "", hub=None) -> dict[str, torch.Tensor]:
+    script = STRANGER.format(reload_folder=str(cwd / "alone"))
+    (cwd / "alone").mkdir(exist_ok=True)  # alone: beside it lie files that would be found first
+    shutil.copy(reload.__file__, cwd / "alone")
+    out = str(cwd / "seen.safetensors")
+    run(["-S", "-P", "-c", script, json.dumps(folders), again, out], cwd, hub, PYTHONPATH=site)
+    return load_file(out)
+
+
+def observed(folder: str) -> dict[str, torch.Tensor]:
+    has_processor = (Path(folder) / reload.PROCESSOR_CONFIG).is_file()
+    return reload.observe(load_saved(folder), AutoProcessor.from_pretrained(folder) if has_processor else None)
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+# Without this package
+
+
+def test_every_class_comes_back_to_the_bit_where_the_package_is_absent_and_after_a_second_save(
+    saved, site_without_us, tmp_path
+):
+    expected = {f"{name} {key}": value for name, folder in saved.items() for key, value in observed(folder).items()}
+    assert len(saved) == 6 and sum("output" in name for name in expected) > 12
+    first = run_stranger(saved, tmp_path, site_without_us, again=str(tmp_path / "again"))
+    assert_equal(first, expected)
+    again = {name: str(tmp_path / "again" / name) for name in saved}
+    shutil.rmtree(tmp_path / "cache")
+    assert_equal(run_stranger(again, tmp_path, site_without_us), expected)
+    for name, folder in again.items():
+        for config in (json.load(open(f"{folder}/config.json")), json.load(open(f"{saved[name]}/config.json"))):
+            assert not any("--" in reference for reference in config["auto_map"].values())
+            assert set(config["auto_map"]) >= {"AutoConfig", "AutoModel"}
+    # and here, without the flag
+    assert_equal({f"MLIPModel {key}": value for key, value in observed(again["MLIPModel"]).items()},
+                 {name: value for name, value in expected.items() if name.startswith("MLIPModel ")})  # fmt: skip
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_auto_classes_make_the_same_of_a_folder_here_as_where_the_package_is_absent(model_class, saved):
+    config = json.load(open(f"{saved[model_class.__name__]}/config.json"))
+    for name, reference in config["auto_map"].items():
+        made = getattr(transformers, name).from_pretrained(saved[model_class.__name__])
+        assert f"{type(made).__module__.split('.')[-1]}.{type(made).__name__}" == reference
+
+
+# Over HTTP
+
+
+def test_push_to_hub_of_model_and_processor_and_back_by_its_id(saved, hub, site_without_us, tmp_path):
+    script = """
+import sys
+from modeling_mlip import MLIPModel
+from transformers import AutoProcessor
+MLIPModel.from_pretrained(sys.argv[1]).push_to_hub("ada/pushed")
+AutoProcessor.from_pretrained(sys.argv[1]).push_to_hub("ada/pushed", private=True)
+"""
+    run(["-c", script, saved["MLIPModel"]], tmp_path, hub)
+    assert ("PUT", f"lfs/{hub.tree('ada/pushed')['model.safetensors'].resolve().name}") in hub.requests
+    seen = run_stranger({"MLIPModel": "ada/pushed"}, tmp_path, site_without_us, again=str(tmp_path / "again"), hub=hub)
+    expected = {f"MLIPModel {key}": value for key, value in observed(saved["MLIPModel"]).items()}
+    assert_equal(seen, expected)
+    assert ("GET", "ada/pushed/resolve/" + hub.info("ada/pushed")["sha"] + "/modeling_mlip.py") in hub.requests
+    # The second save stands alone: no reference back to the Hub, and all the code.
+    config = json.load(open(tmp_path / "again" / "MLIPModel" / "config.json"))
+    assert not any("--" in reference for reference in config["auto_map"].values())
+    assert "equal to the bit" in examine(str(tmp_path / "again" / "MLIPModel"))
+
+
+def test_mlip_push_sends_the_folder_and_leaves_pickles_at_home(copy, hub, tmp_path):
+    (copy / "checkpoint-2").mkdir()
+    for name in ("checkpoint-2/optimizer.pt", "training_args.bin"):
+        (copy / name).write_bytes(b"a pickle")
+    command = ["-m", "modeling_mlip.hub.cli", "push", str(copy), "ada/mine"]
+    printed = run([*command, "--private", "--commit_message", "First"], tmp_path, hub)
+    assert "equal to the bit" in printed and f"Pushed to {hub.url}/ada/mine" in printed
+    sent = {name: path.read_bytes() for name, path in hub.tree("ada/mine").items()}
+    assert sent == {
+        path.name: path.read_bytes() for path in copy.iterdir() if path.is_file() and "bin" not in path.name
+    }
+    assert hub.info("ada/mine")["private"] and hub.info("ada/mine")["message"] == "First"
+    before = len(hub.requests)
+    assert "Nothing was pushed" in run([*command, "--dry_run"], tmp_path, hub)
+    assert len(hub.requests) == before
+
+
+def test_an_interrupted_upload_goes_on_and_refusals_say_why(saved, hub, tmp_path):
+    model = load_saved(saved["MLIPModel"])
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    shards = list((tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 3 and all(path.stat().st_size > 10_000 for path in shards)
+    script = f"""
+import os, sys
+import huggingface_hub
+from modeling_mlip.training.push import push
+def attempt(repo, private=False):
+    try:
+        print("URL", push("sharded", repo, private))
+    except (OSError, ValueError) as error:
+        print("REFUSED", error)
+attempt("ada/large")
+attempt("ada/large")
+attempt("ada/large", private=True)
+attempt("bob/large")
+os.environ["HF_TOKEN"] = {OTHER_TOKEN!r}
+attempt("ada/large")
+os.environ["HF_TOKEN"] = "hf_wrong"
+attempt("ada/large")
+huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"
+attempt("ada/large")
+"""
+    hub.uploads_until_failure = 2
+    printed = run(["-c", script], tmp_path, hub)
+    lines = [line for line in printed.splitlines() if line.startswith(("URL", "REFUSED"))]
+    failed, done, public, forbidden, reader, unknown, unreachable = lines
+    assert failed.startswith("REFUSED ada/large") and "507" in failed and "not sent twice" in failed
+    assert done == f"URL {hub.url}/ada/large"
+    assert "is public" in public
+    assert "403" in forbidden and "bob/large" in forbidden and "hf auth login" in forbidden
+    assert "403" in reader
+    assert "401" in unknown and "hf auth login" in unknown
+    assert "127.0.0.1:9" in unreachable and "refused" in unreachable
+    # Every shard arrived, and but for the one that failed each was sent once.
+    sent = [path for method, path in hub.requests if method == "PUT"]
+    oids = [hub.tree("ada/large")[path.name].resolve().name for path in shards]
+    assert sum(sent.count(f"lfs/{oid}") for oid in oids) == len(shards) + 1
+    assert max(sent.count(f"lfs/{oid}") for oid in oids) == 2
+
+
+def test_training_pushes_its_own_card_and_code_with_every_commit(hub, site_without_us, tmp_path):
+    flags = [
+        "--dataset_name",
+        "shapes",
+        "--max_train_samples",
+        "32",
+        "--max_eval_samples",
+        "16",
+        "--config_name",
+        "tiny",
+    ]
+    flags += ["--hidden_size", "48", "--num_hidden_layers", "2", "--num_attention_heads", "3", "--patch_size", "16"]
+    flags += ["--merge_ratio", "0.5", "--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "16"]
+    flags += ["--push_to_hub", "--hub_always_push", "--use_cpu", "--output_dir", "run"]
+    command = ["-m", "modeling_mlip.hub.cli", "train", *flags, "--hub_model_id"]
+    run([*command, "ada/trained"], tmp_path, hub)
+    tree = hub.tree("ada/trained")
+    for name in ("README.md", "model.safetensors", "config.json", "modeling_mlip.py", "tokenizer.json"):
+        assert tree[name].read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+    assert "This model is a fine-tuned version" not in tree["README.md"].read_text()  # Trainer's draft
+    assert "recall@1" in tree["README.md"].read_text() and "merge_ratios.png" in tree
+    commits = [path for path in hub.repo("ada/trained").iterdir() if (path / "model.safetensors").exists()]
+    assert len(commits) > 1
+    for commit in commits:
+        assert {path.name for path in commit.glob("*.py")} == {path.name for path in (tmp_path / "run").glob("*.py")}
+    # What the card tells its readers to run does run, where this package is absent.
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "picture.png")
+    blocks = re.findall(r"```python\n(.*?)```", tree["README.md"].read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    printed = run(["-S", "-P", "-c", "".join(blocks) + "\nprint(probabilities.shape, model.config.merge_ratio)"],
+                  tmp_path, hub, PYTHONPATH=site_without_us)  # fmt: skip
+    assert "torch.Size([1, 2]) 0.5" in printed
+    # Refused before the first step
+    shutil.rmtree(tmp_path / "run")
+    printed = run([*command, "bob/trained"], tmp_path, hub, fails=True)
+    assert "mlip train: error: --push_to_hub: 403" in printed and "Traceback" not in printed
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+# The doctor
+
+
+def test_the_doctor_sees_that_the_code_of_the_folder_computes_something_else(copy):
+    code = copy / "modeling_mlip.py"
+    changed = code.read_text().replace("self.gate * self.output_projection", "2 * self.gate * self.output_projection")
+    assert changed != code.read_text()
+    code.write_text(changed)
+    with pytest.raises(ValueError, match="does not come back equal .* output"):
+        examine(str(copy))
+
+
+def test_the_doctor_sees_that_a_code_file_is_missing(copy):
+    (copy / "token_merging.py").unlink()
+    with pytest.raises(ValueError, match="does not load .*token_merging"):
+        examine(str(copy))
+
+
+def damage_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def damage_config(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+DAMAGES = {
+    "no config": (lambda path: (path / "config.json").unlink(), "holds no config.json"),
+    "no JSON": (lambda path: truncate(path / "config.json"), "not a valid JSON"),
+    "another model": (lambda path: damage_config(path, lambda c: c.update(model_type="bert")), "of type 'bert'"),
+    "no model type": (lambda path: damage_config(path, lambda c: c.pop("model_type")), "of type None"),
+    "unknown merge method": (
+        lambda path: damage_config(path, lambda c: c["vision_config"].update(merge_method="magic")),
+        "merge_method='magic' is unknown; choose one of 'mlip', 'tome', 'elip'",
+    ),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "weights cut off": (lambda path: truncate(path / "model.safetensors"), "cannot be read"),
+    "missing weight": (
+        lambda path: damage_weights(path, lambda w: w.pop("vision_model.frequency.gate")),
+        "missing weights: vision_model.frequency.gate",
+    ),
+    "weight of CLIP missing": (
+        lambda path: damage_weights(path, lambda w: w.pop("visual_projection.weight")),
+        "missing weights: visual_projection.weight",
+    ),
+    "unexpected weight": (
+        lambda path: damage_weights(path, lambda w: w.update(head=torch.zeros(2))),
+        "does not know: head",
+    ),
+    "another shape": (
+        lambda path: damage_weights(path, lambda w: w.update({"text_projection.weight": torch.zeros(3, 2)})),
+        "text_projection.weight [3, 2] for [24, 32]",
+    ),
+}  # fmt: skip
+
+
+def error_of(capfd, command: str) -> str:
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    [line] = [line for line in error.splitlines() if line.startswith(f"mlip {command}: error: ")]
+    assert error.rstrip().endswith(line)
+    return line
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> str:
+    path = str(tmp_path_factory.mktemp("pairs") / "pairs.parquet")
+    shapes_dataset(num_train=8, num_validation=2)["train"].to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_what_is_damaged_is_refused_in_one_line_by_every_command(case, copy, pairs, capfd):
+    damage, message = DAMAGES[case]
+    damage(copy)
+    for command in ("push", "evaluate", "train"):
+        flags = ["--model_name_or_path", str(copy), "--train_file", pairs]
+        flags += ["--output_dir", str(copy.parent / "out")] if command == "train" else []
+        assert mlip([command, *([str(copy), "ada/name", "--dry_run"] if command == "push" else flags)]) == 1
+        assert message in error_of(capfd, command), command
+    assert not (copy.parent / "out").exists()
+
+
+def test_pickles_are_not_pushed(copy, capfd):
+    (copy / "extra").mkdir()
+    torch.save({}, copy / "extra" / "pytorch_model.bin")
+    assert mlip(["push", str(copy), "ada/name", "--dry_run"]) == 1
+    assert "extra/pytorch_model.bin is a pickle" in error_of(capfd, "push")
+
+
+def test_a_clip_folder_lacks_mlips_own_parts_and_nothing_else(tmp_path):
+    CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=24)).save_pretrained(tmp_path)
+    model = load_pretrained(str(tmp_path))
+    assert torch.equal(model.token_visual_projection.weight, model.visual_projection.weight)
+    with pytest.raises(ValueError, match="of type 'clip'"):
+        load_saved(tmp_path)
+    damage_weights(tmp_path, lambda weights: weights.pop("logit_scale"))
+    with pytest.raises(ValueError, match="missing weights: logit_scale"):
+        load_pretrained(str(tmp_path))
+
+
+def test_parts_that_an_override_adds_or_leaves_out_are_no_damage(saved, tmp_path):
+    small_model(token_loss_weight=0).save_pretrained(tmp_path)
+    assert load_pretrained(str(tmp_path), config=small_config()).token_visual_projection is not None
+    config = MLIPConfig.from_pretrained(saved["MLIPModel"], token_loss_weight=0)
+    assert load_pretrained(saved["MLIPModel"], config=config).token_visual_projection is None
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.16.9", "6.0.0"])
+def test_a_transformers_out_of_range_is_named_with_the_range_of_setup_cfg(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=f">=5.17, <6, and {version} is installed"):
+        runpy.run_path(str(ROOT / "modeling_mlip" / "configuration_mlip.py"))
+    assert "transformers >=5.17, <6\n" in (ROOT / "setup.cfg").read_text()

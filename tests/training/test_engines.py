@@ -1,0 +1,116 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Several processes from the command line leave one whole model; every recipe and DeepSpeed file is what it is for."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from conftest import small_model
+from test_interruption import ROOT, command, root  # noqa: F401
+from transformers import AutoModel
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from modeling_mlip.training.arguments import MLIPTrainingArguments
+from modeling_mlip.training.train import build_config, parse_arguments
+from modeling_mlip.training.trainer import MLIPTrainer
+
+RECIPES = ROOT / "recipes"
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+PROGRAMS = {
+    "DDP, streamed": ["-m", "modeling_mlip.hub.cli"],
+    "FSDP2": [str(ROOT / "tests" / "fsdp_on_cpu.py")],
+}
+
+
+@pytest.mark.parametrize("engine", PROGRAMS)
+def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(engine, root, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    flags = command(root, (engine == "DDP, streamed", 0), str(folder)) + ["--max_steps", "2", "--save_steps", "2"]
+    if engine == "FSDP2":
+        flags.remove("--use_cpu")
+        flags += ["--ddp_backend", "gloo", "--fsdp", "--fsdp_config", str(RECIPES / "fsdp2.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*LAUNCH, *PROGRAMS[engine], "train", *flags], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Saved to") == 1
+    checkpoint = folder / "checkpoint-2"
+    for path in (folder, checkpoint):
+        model, report = AutoModel.from_pretrained(path, output_loading_info=True)
+        assert not any(report.values()), report
+        assert all(weight.isfinite().all() for weight in model.parameters())
+    # 2 steps of 2 accumulated batches of 3 pairs, in each of two processes
+    counts = [json.loads((checkpoint / f"data_state_{rank}.json").read_text())["skip_budget"] for rank in (0, 1)]
+    assert counts[0] == counts[1] and counts[0]["seen"] == 24
+    assert sorted(path.name for path in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+def test_fsdp_where_accelerate_would_leave_it_out_is_refused():
+    args = SimpleNamespace(fsdp=True, device=torch.device("cpu"))
+    trainer = SimpleNamespace(model=small_model(), is_fsdp_enabled=False, is_deepspeed_enabled=False, args=args)
+    with pytest.raises(ValueError, match="--fsdp.*does not shard on cpu"):
+        MLIPTrainer._fit_parallel_wrappers(trainer)
+
+
+# Recipes
+
+FAKE = """#!{python}
+import json, os, sys
+print(json.dumps(sys.argv), file=open(os.environ["CALLS"], "a"))
+"""
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.sh")), ids=lambda path: path.name)
+def test_every_flag_of_a_recipe_parses(recipe, tmp_path, monkeypatch):
+    """The script runs with stand-ins of its programs, which note how they were called."""
+    for name in ("mlip", "torchrun"):
+        (tmp_path / name).write_text(FAKE.format(python=sys.executable))
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    calls = tmp_path / "calls"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls)}
+    assert os.access(recipe, os.X_OK)
+    subprocess.run([str(recipe)], check=True, env=environment, cwd=tmp_path)
+    lines = [json.loads(line) for line in calls.read_text().splitlines()]
+    assert lines
+    monkeypatch.chdir(tmp_path)
+    for call in lines:
+        start = call.index("train") + 1
+        if Path(call[0]).name == "torchrun":
+            assert call[start - 3 : start] == ["-m", "modeling_mlip.hub.cli", "train"]
+        # What only a GPU allows is checked as if it were a CPU's.
+        model_args, data_args, training_args, overrides = parse_arguments([*call[start:], "--use_cpu"])
+        config = build_config(model_args, overrides)
+        assert config.merge_ratio == 0.5
+        assert data_args.streaming and training_args.max_steps > 0 and training_args.bf16
+        assert data_args.train_file.endswith("/*.tar")
+
+
+@pytest.mark.parametrize("name, stage", [("zero2.json", 2), ("zero3.json", 3)])
+def test_transformers_fills_every_blank_of_the_deepspeed_files(name, stage):
+    """DeepSpeed itself is not needed: this is what transformers does with the file before DeepSpeed sees it."""
+
+    class Config(HfDeepSpeedConfig):
+        fill_match = HfTrainerDeepSpeedConfig.fill_match
+        fill_only = HfTrainerDeepSpeedConfig.fill_only
+        is_auto = HfTrainerDeepSpeedConfig.is_auto
+        trainer_config_process = HfTrainerDeepSpeedConfig.trainer_config_process
+        trainer_config_finalize = HfTrainerDeepSpeedConfig.trainer_config_finalize
+
+    args = MLIPTrainingArguments("unused", use_cpu=True, bf16=True, report_to="none")
+    filled = Config(json.loads((RECIPES / name).read_text()))
+    filled.mismatches, filled._dtype = [], None
+    filled.trainer_config_process(args)
+    filled.trainer_config_finalize(args, SimpleNamespace(config=small_model().config), 100)
+    assert "auto" not in json.dumps(filled.config)
+    assert filled.config["zero_optimization"]["stage"] == stage
+    assert filled.config["bf16"]["enabled"] and not filled.config["fp16"]["enabled"]
+    assert filled.config["train_batch_size"] == args.per_device_train_batch_size
+    assert filled._dtype == torch.bfloat16
