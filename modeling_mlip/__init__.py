@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""MLIP (arXiv 2406.01460) for Transformers. Importing it makes the Auto classes know `model_type` "mlip"."""
+"""MLIP (arXiv 2406.01460) for Transformers. Importing it registers `model_type` "mlip" with the Auto classes."""
 
 from transformers import (
     AutoConfig,

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Configurations of MLIP (arXiv 2406.01460): everything that changes the mathematics, each default once.
+"""Configurations of MLIP (arXiv 2406.01460): every setting that changes the mathematics, with its default.
 
 They extend transformers' CLIP configurations, so every CLIP key keeps its name, its meaning and its default.
 """
@@ -11,22 +11,26 @@ from typing import Any
 import transformers
 from packaging.version import Version
 
-# Said before the imports below fail of it; the same range as in setup.cfg, which what is on the Hub comes without.
-if not Version("5.17") <= Version(transformers.__version__) < Version("6"):
+# Checked before the imports below, which fail on other versions. The same range is in setup.cfg, but a model on the Hub
+# has only this file.
+if not Version("5.21") <= Version(transformers.__version__) < Version("6"):
     raise ImportError(
-        f"MLIP needs transformers >=5.17, <6, and {transformers.__version__} is installed; "
-        "pip install 'transformers>=5.17,<6'."
+        f"MLIP needs transformers >=5.21, <6, and {transformers.__version__} is installed; "
+        "pip install 'transformers>=5.21,<6'."
     )
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import PreTrainedConfig  # noqa: E402
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+logger = logging.get_logger(__name__)
 
 MERGE_METHODS = ("mlip", "tome", "elip")
 CLIP_VOCABULARY = 49408
-# Vision keys that MLIPConfig takes and shows as its own; their one home is the vision config.
+# Vision keys that MLIPConfig also accepts and exposes; the vision config stores them.
 VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers", "frequency_embed_weight")
-# Which model each Auto class makes of a configuration, here and where only the saved files are; by `model_type`.
+# `model_type` -> Auto class -> model class, for the saved `config.json`.
 AUTO_MODELS = {
     "mlip": {
         "AutoModel": "MLIPModel",
@@ -39,19 +43,27 @@ AUTO_MODELS = {
 
 
 class NamesAutoClasses:
-    """A configuration whose `config.json` names every Auto class; transformers by itself writes one of a model's."""
+    """Writes every Auto class of `AUTO_MODELS` to `config.json`; transformers alone writes one."""
 
     def save_pretrained(self, save_directory, **kwargs):
         self.auto_map = {auto: f"modeling_mlip.{model}" for auto, model in AUTO_MODELS[self.model_type].items()}
         super().save_pretrained(save_directory, **kwargs)
 
 
-def mend_eos(text_config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a CLIP text tower with the right `eos_token_id`: early configurations say 2, and CLIP then pools at
-    the largest id of a text, which is its EOS."""
+def repair_eos_token_id(text_config: dict[str, Any]) -> dict[str, Any]:
+    """Corrects the special token ids of a CLIP text configuration that was written before transformers 4.31.
+
+    Such configurations have `eos_token_id=2`, and CLIP then pools at the largest token id of a caption, which is EOS.
+
+    Args:
+        text_config: the keys of a CLIP text configuration.
+
+    Returns:
+        The keys with the real `eos_token_id` and `bos_token_id`; the same dictionary if nothing needs correction.
+    """
     if text_config.get("eos_token_id", CLIPTextConfig().eos_token_id) != 2:
         return text_config
-    last = min(text_config.get("vocab_size", CLIP_VOCABULARY), CLIP_VOCABULARY) - 1  # tokens added later come after it
+    last = min(text_config.get("vocab_size", CLIP_VOCABULARY), CLIP_VOCABULARY) - 1  # added tokens come after EOS
     return {**text_config, "eos_token_id": last, "bos_token_id": last - 1}
 
 
@@ -60,10 +72,11 @@ class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
     r"""Text tower: CLIP's, with three keys that some OpenCLIP checkpoints need.
 
     Args:
-        pooling: `"eos"` takes the state at the first `eos_token_id`; `"last"` the one at the last position, after
-            padding the ids to `max_position_embeddings` (CLIPA).
-        use_causal_mask: `False` lets every token see every other, padding included, as CLIPA was trained.
-        layer_scale_init_value: start of a learned per-channel scale on both residual branches; `None` leaves it out.
+        pooling: `"eos"` takes the state at the first `eos_token_id`, so that text after it does not count, as in CLIP;
+            `"last"` takes the state at the last position, after padding the ids to `max_position_embeddings` (CLIPA).
+        use_causal_mask: `False` lets every token attend to every other one, including padding (CLIPA).
+        layer_scale_init_value: initial value of a learned scale for each channel of both residual branches; `None`
+            leaves it out.
 
     Source: the keys of CLIP are described in `transformers.CLIPTextConfig`.
     """
@@ -79,12 +92,12 @@ class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         is_clip = config_dict.get("model_type") == CLIPTextConfig.model_type
-        return super().from_dict(mend_eos(config_dict) if is_clip else config_dict, **kwargs)
+        return super().from_dict(repair_eos_token_id(config_dict) if is_clip else config_dict, **kwargs)
 
     def validate_pooling(self):
         _validate_choice("pooling", self.pooling, ("eos", "last"))
         if not isinstance(self.eos_token_id, int):
-            raise ValueError(f"eos_token_id={self.eos_token_id!r}: give the one id that texts end with.")
+            raise ValueError(f"eos_token_id={self.eos_token_id!r}: give the one token id that captions end with.")
         _validate_at_least(self, 1, "vocab_size", "max_position_embeddings", "num_hidden_layers")
 
 
@@ -93,24 +106,28 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     r"""Vision tower: CLIP's, with a frequency stage and token merging.
 
     Args:
-        merge_ratio: share of the patch tokens that is gone after the last layer, `0 <= merge_ratio < 1`, for any image
-            size. 0 gives exactly the unmerged tower.
-        merge_layers: layers (counted from 0) between whose attention and MLP tokens merge. `None`: three stages spread
-            over the depth.
+        merge_ratio: fraction of the patch tokens that merging removes, `0 <= merge_ratio < 1`, for any image size. 0
+            gives exactly the tower without merging.
+        merge_layers: layers, counted from 0, in which tokens merge between attention and MLP. `None`: three layers
+            spread over the depth, see `resolved_merge_layers`.
         merge_method: `"mlip"` (similarity in both domains, guided by importance), `"tome"` (Bolya et al. 2023,
-            arXiv 2210.09461: attention keys alone) or `"elip"` (Guo et al. 2023, arXiv 2309.16738: the tokens that the
-            class token attends to stay, one token is made of the rest).
-        merge_caption_weight: share of the caption in what asks for important tokens, `"elip"` in training.
-        merge_importance_weight: what one standard deviation of importance counts against cosine similarity when pairs
-            are ranked; 0 leaves the guide out.
-        frequency_layers: blocks of the frequency stage; 0 removes it.
-        frequency_hidden_size: its width; `None` is a quarter of `hidden_size`.
-        frequency_embed_weight: what the frequency embedding counts for beside the spatial one, which counts 1, in the
-            embedding of an image. 0 is CLIP's: the spatial one alone. It changes no loss, so it may be set after
-            training; `MLIPConfig` makes it 0 where no loss trains a frequency embedding.
-        pooling: `"class"` takes the class token; `"mean"` the mean over patch tokens, weighted by size (CLIPA).
+            arXiv 2210.09461: similarity of attention keys only) or `"elip"` (Guo et al. 2023, arXiv 2309.16738: keeps
+            the tokens with the most attention and fuses all others into one).
+        merge_caption_weight: fraction of the caption in the state whose attention ranks the tokens; only for `"elip"`,
+            in training.
+        merge_importance_weight: weight of one standard deviation of importance against cosine similarity when pairs are
+            ranked; 0 leaves importance out.
+        frequency_layers: number of blocks of the frequency stage; 0 removes the stage.
+        frequency_hidden_size: hidden size of the frequency stage; `None` is a quarter of `hidden_size`.
+        frequency_embed_weight: weight of the frequency embedding in the image embedding, in which the spatial embedding
+            has weight 1. 0 is CLIP's image embedding. No loss depends on it, so it may be changed after training.
+            `MLIPConfig` refuses a weight above 0 without a frequency loss.
+        use_class_token: `False` leaves out the class token, as SigLIP does. Such a tower needs `pooling="mean"`, its
+            patch embedding has a bias, and the importance of a token is the attention that it receives from all tokens.
+        pooling: `"class"` takes the class token; `"mean"` takes the mean of the patch tokens, weighted by size (CLIPA).
         use_pre_layernorm: `False` leaves out the LayerNorm before the encoder (CLIPA).
-        layer_scale_init_value: start of a learned per-channel scale on both residual branches; `None` leaves it out.
+        layer_scale_init_value: initial value of a learned scale for each channel of both residual branches; `None`
+            leaves it out.
 
     Source: MLIP, arXiv 2406.01460; the keys of CLIP are described in `transformers.CLIPVisionConfig`.
     """
@@ -126,6 +143,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     frequency_layers: int = 2
     frequency_hidden_size: int | None = None
     frequency_embed_weight: float | int = 0.0
+    use_class_token: bool = True
     pooling: str = "class"
     use_pre_layernorm: bool = True
     layer_scale_init_value: float | int | None = None
@@ -137,8 +155,13 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """K, the number of tokens before the patch tokens: 1, the class token, or 0."""
+        return int(self.use_class_token)
+
+    @property
     def resolved_merge_layers(self) -> list[int]:
-        """Where tokens merge: `merge_layers`, or a quarter, a half and three quarters of the depth."""
+        """The layers in which tokens merge: `merge_layers`, or those at 1/4, 1/2 and 3/4 of the depth."""
         if self.merge_layers is not None:
             return sorted(self.merge_layers)
         return sorted({self.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3)})
@@ -146,7 +169,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     def validate_geometry(self):
         for name in ("image_size", "patch_size"):
             if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name}={getattr(self, name)!r}: MLIP takes square images and patches, one integer.")
+                raise ValueError(f"{name}={getattr(self, name)!r}: give one integer; images and patches are square.")
         _validate_at_least(self, 1, "image_size", "patch_size", "num_hidden_layers", "frequency_hidden_size")
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
@@ -155,6 +178,8 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
                 f"the nearest sizes that are: {[size for size in (below, below + self.patch_size) if size]}."
             )
         _validate_choice("pooling", self.pooling, ("class", "mean"))
+        if self.pooling == "class" and not self.use_class_token:
+            raise ValueError("pooling='class' needs use_class_token=True; choose pooling='mean' without a class token.")
         if self.frequency_layers < 0:
             raise ValueError(f"frequency_layers={self.frequency_layers}: choose 0 (no frequency stage) or more.")
         if not 0 <= self.frequency_embed_weight < math.inf:
@@ -165,21 +190,21 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     def validate_merging(self):
         if not 0 <= self.merge_ratio < 1:
             raise ValueError(
-                f"merge_ratio={self.merge_ratio} is not a share of tokens: choose 0 <= merge_ratio < 1, "
-                "for example 0.5 to merge half of the patch tokens away."
+                f"merge_ratio={self.merge_ratio} is not a fraction of the tokens: choose 0 <= merge_ratio < 1, "
+                "for example 0.5 to remove half of the patch tokens."
             )
         num_patches = (self.image_size // self.patch_size) ** 2
         if round(num_patches * (1 - self.merge_ratio)) < 1:
             raise ValueError(
-                f"merge_ratio={self.merge_ratio} leaves none of {num_patches} patch tokens; "
+                f"merge_ratio={self.merge_ratio} leaves none of the {num_patches} patch tokens; "
                 f"choose at most {1 - 1 / num_patches:.3f}, larger images or smaller patches."
             )
         _validate_choice("merge_method", self.merge_method, MERGE_METHODS)
         if not 0 <= self.merge_caption_weight <= 1:
-            raise ValueError(f"merge_caption_weight={self.merge_caption_weight}: choose a share from 0 to 1.")
+            raise ValueError(f"merge_caption_weight={self.merge_caption_weight}: choose a fraction from 0 to 1.")
         if not 0 <= self.merge_importance_weight < math.inf:
             raise ValueError(
-                f"merge_importance_weight={self.merge_importance_weight}: choose 0 (no guide) or a positive weight."
+                f"merge_importance_weight={self.merge_importance_weight}: choose 0 (none) or a positive weight."
             )
         for layer in self.merge_layers if self.merge_layers is not None else []:
             if not 0 <= layer < self.num_hidden_layers:
@@ -188,7 +213,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
                     f"num_hidden_layers={self.num_hidden_layers} choose from 0 to {self.num_hidden_layers - 1}."
                 )
         if self.merge_layers is not None and len(set(self.merge_layers)) < max(len(self.merge_layers), 1):
-            raise ValueError(f"merge_layers={self.merge_layers}: name at least one layer, and each once.")
+            raise ValueError(f"merge_layers={self.merge_layers}: give at least one layer, and each layer once.")
 
 
 @strict
@@ -198,17 +223,16 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
     Args:
         text_config: `MLIPTextConfig`, or a dictionary of its keys.
         vision_config: `MLIPVisionConfig`, or a dictionary of its keys. `merge_ratio`, `merge_layers`, `merge_method`,
-            `frequency_layers` and `frequency_embed_weight` may also be given to, read from and set on this config,
-            which hands them on.
-        projection_dim: width of the space that both towers share; handed on to their configurations.
-        logit_scale_init_value: start of the three temperatures, log(1/0.07).
-        initializer_factor: scales the standard deviation of the initial projections; each tower has its own.
-        frequency_loss_weight: weight of InfoNCE between the frequency embedding and the caption; 0 leaves it out.
-        token_loss_weight: weight of the token-level loss; 0 leaves it out.
-        token_loss_group_size: pairs that the token-level loss compares with each other, groups of consecutive ones in
-            the batch; `None` compares all, which from some hundreds of pairs on costs more than both towers.
-        token_loss_frequency: whether the tokens of the token-level loss contain the frequency features; they did no
-            good where it was tried, being shallow and a shortcut.
+            `frequency_layers` and `frequency_embed_weight` may also be passed to, read from and set on this
+            configuration; the vision configuration stores them.
+        projection_dim: width of the embedding space that both towers share; also set on their configurations.
+        logit_scale_init_value: initial value of the three `logit_scale` parameters, log(1/0.07).
+        initializer_factor: factor on the standard deviation of the initial projections; each tower has its own factor.
+        frequency_loss_weight: weight of InfoNCE between frequency and caption embeddings; 0 leaves the loss out.
+        token_loss_weight: weight of the token-level loss; 0 leaves the loss out.
+        token_loss_group_size: maximum number of consecutive pairs of a batch that the token-level loss compares with
+            each other. `None` compares all pairs, which costs more than both towers from some hundreds of pairs on.
+        token_loss_frequency: adds the frequency features to the image tokens of the token-level loss.
 
     Example:
 
@@ -246,25 +270,38 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
                 tower = copy.copy(getattr(self, name))
                 tower.projection_dim = self.projection_dim
                 setattr(self, name, tower)
-        if self.vision_config.frequency_embed_weight and not self.has_frequency_loss:
-            self.vision_config = copy.copy(self.vision_config)
-            self.vision_config.frequency_embed_weight = 0.0
 
     @property
     def has_frequency_loss(self) -> bool:
-        """Whether there is a frequency embedding: a stage, and a loss that trains its projection."""
+        """Whether the model has a frequency embedding: a frequency stage and a loss that trains its projection."""
         return self.vision_config.frequency_layers > 0 and self.frequency_loss_weight > 0
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         if config_dict.get("model_type") == CLIPConfig.model_type and config_dict.get("text_config"):
-            config_dict = {**config_dict, "text_config": mend_eos(config_dict["text_config"])}
-        return super().from_dict(config_dict, **kwargs)
+            config_dict = {**config_dict, "text_config": repair_eos_token_id(config_dict["text_config"])}
+        keys = set(kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with `return_unused_kwargs`
+        if keys & {"frequency_layers", "frequency_loss_weight"} and "frequency_embed_weight" not in keys:
+            config.drop_unused_frequency_embed_weight()
+        config.validate_frequency_embed_weight()
+        return loaded
+
+    def drop_unused_frequency_embed_weight(self) -> None:
+        """Sets `frequency_embed_weight` to 0, with a warning, if there is no frequency embedding to weigh."""
+        vision = self.vision_config
+        if vision.frequency_embed_weight and not self.has_frequency_loss:
+            logger.warning(
+                f"frequency_embed_weight={vision.frequency_embed_weight} becomes 0: without a frequency stage and its "
+                "loss there is no frequency embedding."
+            )
+            vision.frequency_embed_weight = 0.0
 
     @classmethod
     def from_clip_config(cls, clip_config: CLIPConfig, **overrides) -> "MLIPConfig":
-        """The same model as an MLIP one, with this class's defaults for what CLIP does not have."""
-        text, vision = mend_eos(clip_config.text_config.to_dict()), clip_config.vision_config.to_dict()
+        """The MLIP configuration of a CLIP model, with this class's defaults for the keys that CLIP lacks."""
+        text, vision = repair_eos_token_id(clip_config.text_config.to_dict()), clip_config.vision_config.to_dict()
         for tower in (text, vision):
             tower.pop("model_type")
         return cls(
@@ -274,14 +311,22 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
             **overrides,
         )
 
+    def validate_frequency_embed_weight(self):
+        if self.frequency_embed_weight and not self.has_frequency_loss:
+            raise ValueError(
+                f"frequency_embed_weight={self.frequency_embed_weight} needs a frequency embedding, which "
+                f"frequency_layers={self.frequency_layers} and frequency_loss_weight={self.frequency_loss_weight} "
+                "leave out; set frequency_embed_weight=0, or both of the others above 0."
+            )
+
     def validate_losses(self):
         for name in ("frequency_loss_weight", "token_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 0 (loss left out) or a positive weight.")
+                raise ValueError(f"{name}={getattr(self, name)}: choose 0 (leaves the loss out) or a positive weight.")
         if self.token_loss_group_size is not None and self.token_loss_group_size < 2:
             raise ValueError(
-                f"token_loss_group_size={self.token_loss_group_size}: choose 2 or more pairs to compare, or None for "
-                "all of the batch."
+                f"token_loss_group_size={self.token_loss_group_size}: choose 2 or more pairs, or None for all pairs of "
+                "the batch."
             )
 
 
@@ -292,7 +337,7 @@ def _vision_shortcut(key: str) -> property:
     def set(self, value):
         changed = copy.copy(self.vision_config)
         setattr(changed, key, value)
-        changed.validate()  # before the change, so that a refused value leaves the config as it was
+        changed.validate()  # on a copy, so that a refused value leaves the configuration unchanged
         setattr(self.vision_config, key, value)
 
     return property(get, set)
@@ -301,7 +346,7 @@ def _vision_shortcut(key: str) -> property:
 for _key in VISION_SHORTCUTS:
     setattr(MLIPConfig, _key, _vision_shortcut(_key))
 
-# What is saved carries the code, so that it loads where this package is not installed.
+# A saved configuration includes its code, so that it loads where this package is not installed.
 for _config in (MLIPTextConfig, MLIPVisionConfig, MLIPConfig):
     _config.register_for_auto_class()
 

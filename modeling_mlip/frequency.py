@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Pixels -> frequency, and spatial grid -> frequency -> spatial grid, as pure functions.
+"""The amplitude spectrum of patches, and a global filter on the patch grid, as pure functions.
 
 The global filter follows GFNet (Rao et al. 2021, arXiv 2107.00645, equations 4 to 6): multiplication in the half
 spectrum of a real grid. Axes: B images, H x W patches, C channels.
@@ -8,24 +8,24 @@ spectrum of a real grid. Axes: B images, H x W patches, C channels.
 import torch
 from torch import nn
 
-# Added to the power of normalised pixel values before the logarithm: what is fainter than 0.1 is as good as absent.
+# Added to the power of normalised pixel values before the logarithm, so that amplitudes below 0.1 hardly count.
 POWER_FLOOR = 0.01
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Leaves autocast, which the meta device does not know."""
+    """Turns autocast off. The meta device has no autocast, so the CPU's stands in."""
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def log_amplitude(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """The logarithm of the amplitude of every spatial frequency within each patch.
+    """The log-amplitude of every spatial frequency within each patch.
 
-    It tells what a patch is made of and not where in the patch it lies: a shift changes the phase alone, so stripes are
-    the same wherever they begin. A linear patch embedding cannot tell that.
+    A cyclic shift of a patch changes only the phases of its spectrum, so the amplitudes describe the texture of a patch
+    independent of its position. A linear patch embedding cannot compute them.
 
     Args:
         pixel_values: `(B, C, H * patch_size, W * patch_size)`.
-        patch_size: side of a patch.
+        patch_size: side of a patch in pixels.
 
     Returns:
         `(B, H * W, C * patch_size * (patch_size // 2 + 1))` in the dtype of `pixel_values`; computed in at least
@@ -42,22 +42,22 @@ def log_amplitude(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def half_spectrum_shape(height: int, width: int) -> tuple[int, int]:
-    """Shape `(height, width // 2 + 1)` of the half spectrum that describes a real `height x width` grid."""
+    """Shape `(height, width // 2 + 1)` of the half spectrum of a real `height x width` grid."""
     return height, width // 2 + 1
 
 
 def apply_spectral_filter(patches: torch.Tensor, spectral_filter: torch.Tensor) -> torch.Tensor:
-    """Multiplies every frequency of every channel by its own complex number: irfft2(K * rfft2(patches)).
+    """Multiplies every frequency of every channel by a complex number: irfft2(K * rfft2(patches)).
 
     Args:
         patches: `(B, H, W, C)`.
-        spectral_filter: K as real pairs, `(H, W // 2 + 1, C, 2)`. All ones in the real part is the identity.
+        spectral_filter: K as pairs of real and imaginary part, `(H, W // 2 + 1, C, 2)`. K = 1 is the identity.
 
     Returns:
         `(B, H, W, C)` in the dtype of `patches`; computed in at least float32, because FFTs reject half precision.
     """
     height, width = patches.shape[1:3]
-    # Spectra are computed with autocast off: neither FFTs nor complex products know half precision.
+    # Autocast is off, because FFTs and complex products do not support half precision.
     with no_autocast(patches.device):
         compute_dtype = torch.promote_types(patches.dtype, torch.float32)
         spectrum = torch.fft.rfft2(patches.to(compute_dtype), dim=(1, 2), norm="ortho")  # (B, H, W//2+1, C)
@@ -67,15 +67,15 @@ def apply_spectral_filter(patches: torch.Tensor, spectral_filter: torch.Tensor) 
 
 
 def resize_spectral_filter(spectral_filter: torch.Tensor, size: tuple[int, int], width: int) -> torch.Tensor:
-    """Reads a filter off at the frequencies of another grid, linearly between its own (in cycles per patch).
+    """Interpolates a filter linearly at the frequencies of another grid, in cycles per patch.
 
     Args:
-        spectral_filter: `(H, W // 2 + 1, C, 2)`, made for a grid of `H x width` patches.
+        spectral_filter: `(H, W // 2 + 1, C, 2)`, for a grid of `H x width` patches.
         size: `(new_height, new_width)` of the other grid, in patches.
-        width: W, which the half spectrum alone does not tell.
+        width: W, which does not follow from the shape of the half spectrum.
 
     Returns:
-        `(new_height, new_width // 2 + 1, C, 2)`; the filter itself when the grid is the same.
+        `(new_height, new_width // 2 + 1, C, 2)`; the filter itself if the grid is the same.
     """
     height, half, channels, _ = spectral_filter.shape
     new_height, new_width = size
@@ -83,11 +83,11 @@ def resize_spectral_filter(spectral_filter: torch.Tensor, size: tuple[int, int],
         return spectral_filter
     dtype = torch.promote_types(spectral_filter.dtype, torch.float32)
     device = spectral_filter.device
-    # Rows run 0, 1, ..., -1: put the frequencies in ascending order before interpolating between neighbours.
+    # Rows have the order 0, 1, ..., -1. Sort the frequencies before interpolating between neighbours.
     ascending = torch.fft.fftshift(spectral_filter.to(dtype), dim=0).flatten(2).permute(2, 0, 1)  # (2C, H, W//2+1)
     rows = torch.fft.fftfreq(new_height, device=device, dtype=dtype) * height + height // 2
     columns = torch.fft.rfftfreq(new_width, device=device, dtype=dtype) * width
-    # grid_sample counts positions from -1 (first) to 1 (last), x before y.
+    # grid_sample takes positions from -1 (first) to 1 (last), x before y.
     y = rows / max(height - 1, 1) * 2 - 1
     x = columns / max(half - 1, 1) * 2 - 1
     grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)[None]  # (1, H', W'//2+1, 2)

@@ -1,9 +1,9 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """The losses of MLIP, as pure functions that return named parts.
 
-Every function takes its own rows against all columns, so that a process of several can compute its share of one large
-contrastive batch; with one process both are the batch. Axes: I images, T captions, M image tokens, L caption tokens,
-P width of the shared space.
+Each function compares R rows, the pairs of this process, with C columns, the pairs of all processes, so that several
+processes share one large contrastive batch. With one process, rows and columns are the same. Axes: I images, T
+captions, M image tokens, L caption tokens, P width of the shared space.
 """
 
 import math
@@ -14,24 +14,24 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 MAX_LOGIT_SCALE = math.log(100.0)
-# Similarities of token pairs held at a time: 2**24 of them take 64 MiB in float32.
+# Maximum number of token similarities in memory at a time: 2**24 values take 64 MiB in float32.
 MAX_BLOCK_ELEMENTS = 2**24
-# Captions, from the shortest to the longest, are compared in at least so many blocks, each as wide as its longest.
+# Minimum number of blocks of captions, sorted by length. Each block is as wide as its longest caption.
 CAPTION_BLOCKS = 4
 
 
 def caption_keys(input_ids: torch.Tensor, caption_mask: torch.Tensor) -> torch.Tensor:
-    """A 64-bit key for each caption, equal where captions are equal, whatever their padding.
+    """A 64-bit key for each caption; equal captions have equal keys, independent of padding.
 
     Args:
         input_ids: `(T, L)`.
         caption_mask: `(T, L)` bool, False at padding.
 
     Returns:
-        `(T,)` int64. Different captions collide with a probability of about 2**-64 for a pair.
+        `(T,)` int64. Two different captions have equal keys with a probability of about 2**-64.
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    # A random-looking number for each (token, position), in wrapping 64-bit integers; their sum describes the caption.
+    # A hash of each (token, position) in 64-bit integers that wrap around; the key is the sum of the hashes.
     mixed = (input_ids + 1) * 0x5851F42D4C957F2D + (positions + 1) * 0x14057B7EF767814F
     for _ in range(2):
         mixed = (mixed ^ (mixed >> 29)) * 0x5851F42D4C957F2D
@@ -39,11 +39,11 @@ def caption_keys(input_ids: torch.Tensor, caption_mask: torch.Tensor) -> torch.T
 
 
 def positive_targets(row_keys: list[torch.Tensor], column_keys: list[torch.Tensor]) -> torch.Tensor:
-    """Soft targets: a row's positives are the columns that share any of its keys, with equal weight.
+    """Soft targets: the positives of a row are the columns with an equal key of any kind, with equal weights.
 
     Args:
         row_keys: one `(R,)` for each kind of key (caption, image).
-        column_keys: one `(C,)` for each kind; every row has an equal among them.
+        column_keys: one `(C,)` for each kind; every row key must occur among them.
 
     Returns:
         `(R, C)` float32, rows sum to 1.
@@ -60,9 +60,9 @@ def info_nce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def temperature(logit_scale: torch.Tensor) -> torch.Tensor:
-    """exp of the learned scale, at most 100 (Radford et al. 2021, arXiv 2103.00020, section 2.5).
+    """exp(logit_scale), at most 100 (Radford et al. 2021, arXiv 2103.00020, section 2.5).
 
-    The cap is on the value alone: with its gradient cut off, a scale that once reaches the cap could never come back.
+    Only the value is clamped. The gradient passes, so that training can lower a scale that has reached the maximum.
     """
     capped = logit_scale + (logit_scale.clamp(max=MAX_LOGIT_SCALE) - logit_scale).detach()
     return capped.exp()
@@ -79,15 +79,15 @@ def instance_loss(
     """Symmetric InfoNCE.
 
     Args:
-        image_embeds: `(R, P)`, normalised: the images of this process.
-        text_embeds: `(R, P)`, normalised: their captions.
+        image_embeds: `(R, P)`, normalised.
+        text_embeds: `(R, P)`, normalised: the captions of these images.
         logit_scale: log of the inverse temperature.
         targets: `(R, C)`, from `positive_targets`.
-        all_image_embeds: `(C, P)`, those of all processes; `None`: the rows are all there is.
-        all_text_embeds: `(C, P)`, likewise.
+        all_image_embeds: `(C, P)`, the images of all processes; `None`: `image_embeds`.
+        all_text_embeds: `(C, P)`, the captions of all processes; `None`: `text_embeds`.
 
     Returns:
-        A scalar: the mean of image -> text and text -> image over the rows.
+        A scalar: the mean over the rows and over both directions, image to text and text to image.
     """
     scale = temperature(logit_scale)
     image_columns = image_embeds if all_image_embeds is None else all_image_embeds
@@ -104,27 +104,27 @@ def token_scores(
     text_mask: torch.Tensor,
     max_block_elements: int = MAX_BLOCK_ELEMENTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Late interaction (FILIP, Yao et al. 2022, arXiv 2111.07783, equations 4 and 5), image side weighted by size.
+    """Late interaction (FILIP, Yao et al. 2022, arXiv 2111.07783, equations 4 and 5), with weighted image tokens.
 
-    Captions are sorted by length, so that hardly more than the tokens that count are compared. The similarities, where
-    they are many, are computed block by block and computed again in backward, so that memory is bounded by a few blocks
-    besides the tokens and their gradients.
+    Captions are sorted by length and compared in blocks, so that little time is spent on padding. If there are more
+    than `max_block_elements` similarities, they are computed block by block, and again in the backward pass. Memory
+    then holds a few blocks besides the tokens and their gradients.
 
     Args:
         image_tokens: `(I, M, P)`, normalised.
         image_weights: `(I, M)`, rows sum to 1.
         text_tokens: `(T, L, P)`, normalised.
-        text_mask: `(T, L)` bool, False at tokens that do not count; at least one True in each row.
-        max_block_elements: largest block.
+        text_mask: `(T, L)` bool, False at tokens to leave out; at least one True in each row.
+        max_block_elements: maximum number of similarities in a block.
 
     Returns:
-        Two `(I, T)`: the weighted mean over image tokens of the best caption token, and the mean over caption tokens
-        of the best image token.
+        Two tensors `(I, T)`: the weighted mean over image tokens of the similarity to the most similar caption token,
+        and the mean over caption tokens of the similarity to the most similar image token.
     """
     (I, M, _), T = image_tokens.shape, text_tokens.shape[0]
     order, text_tokens, lengths = _sorted_by_length(text_tokens, text_mask)
     image_weights = image_weights.to(image_tokens.dtype)
-    # Few captions to a block, so that little of it is padding; where that is still large, blocks about as tall as wide.
+    # Blocks of few captions hold little padding. If such blocks are still too large, take about square ones.
     fits = max_block_elements >= I * M * int(lengths.sum())
     side = math.isqrt(max_block_elements)
     images = I if fits else max(side // M, 1)
@@ -150,9 +150,10 @@ def token_scores(
 def _sorted_by_length(
     text_tokens: torch.Tensor, text_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Captions from the shortest to the longest: their order `(T,)`, tokens `(T, L, P)`, lengths `(T,)` on the CPU.
+    """Sorts captions by length: their order `(T,)`, tokens `(T, L, P)`, and lengths `(T,)` on the CPU.
 
-    The tokens that count come first; those that do not become copies of the first, which no maximum is changed by.
+    In each caption, the tokens in the mask come first. Copies of the first token replace all others; they change no
+    maximum.
     """
     lengths, order = text_mask.sum(dim=1).sort(stable=True)
     counts = torch.arange(text_mask.shape[1], device=text_mask.device) < lengths[:, None]  # (T, L)
@@ -179,11 +180,11 @@ def _block_scores(
 def token_loss(
     by_image: torch.Tensor, by_text: torch.Tensor, logit_scale: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """InfoNCE over the scores of `token_scores`: images choose among captions, captions among images.
+    """Symmetric InfoNCE over the scores of `token_scores`.
 
     Args:
-        by_image: `(R, C)`, rows of this process's images against all captions.
-        by_text: `(C, R)`, all images against this process's captions.
+        by_image: `(R, C)`, scores of the images of this process with all captions.
+        by_text: `(C, R)`, scores of all images with the captions of this process.
         logit_scale: log of the inverse temperature.
         targets: `(R, C)`, from `positive_targets`.
 
@@ -197,18 +198,18 @@ def token_loss(
 def grouped_token_loss(
     tokens: "TokenEmbeddings", keys: list[torch.Tensor], logit_scale: torch.Tensor, group_size: int | None
 ) -> torch.Tensor:
-    """`token_loss` within groups of consecutive pairs, all about as large: the mean over the pairs.
+    """`token_loss` within groups of consecutive pairs of about equal size.
 
-    Comparing all R pairs costs `R^2 M L P` multiplications, from some hundreds of pairs on more than both towers.
+    Comparing all R pairs takes `R^2 M L P` multiplications, more than both towers from some hundreds of pairs on.
 
     Args:
-        tokens: of R pairs.
+        tokens: the tokens of R pairs.
         keys: one `(R,)` for each kind of key, see `positive_targets`.
         logit_scale: log of the inverse temperature.
-        group_size: pairs in the largest group; `None`: one group.
+        group_size: maximum number of pairs in a group; `None`: one group.
 
     Returns:
-        A scalar.
+        A scalar, the mean over the pairs.
     """
     num_rows = len(tokens.text_mask)
     num_groups = 1 if group_size is None else math.ceil(num_rows / group_size)
@@ -222,7 +223,7 @@ def grouped_token_loss(
 
 
 class TokenEmbeddings(NamedTuple):
-    """What the token-level loss needs, see `token_scores`."""
+    """The inputs of the token-level loss, see `token_scores`."""
 
     image_tokens: torch.Tensor  # (R, M, P)
     image_weights: torch.Tensor  # (R, M), rows sum to 1
@@ -231,7 +232,7 @@ class TokenEmbeddings(NamedTuple):
 
 
 class PairEmbeddings(NamedTuple):
-    """What the losses need of a batch of image-caption pairs; everything is normalised where it is an embedding."""
+    """The inputs of the losses for a batch of image-caption pairs; all embeddings are normalised."""
 
     image_embeds: torch.Tensor  # (R, P)
     text_embeds: torch.Tensor  # (R, P)
@@ -241,31 +242,47 @@ class PairEmbeddings(NamedTuple):
     tokens: TokenEmbeddings | None = None
 
 
-def pairs_on(device: torch.device, pairs: Any) -> Any:
-    """The same named tuple with every tensor on one device, which a model on several needs."""
-    if isinstance(pairs, torch.Tensor):
-        return pairs.to(device)
-    return type(pairs)(*(pairs_on(device, part) for part in pairs)) if isinstance(pairs, tuple) else pairs
+def to_device(structure: Any, device: torch.device) -> Any:
+    """Moves every tensor of a nested structure to one device.
+
+    Args:
+        structure: a tensor, or any nesting of tuples, named tuples, lists and dictionaries. Values that are not tensors
+            (`None`, numbers, functions) stay as they are.
+        device: the device that every tensor moves to.
+
+    Returns:
+        A structure of the same types.
+    """
+    if isinstance(structure, torch.Tensor):
+        return structure.to(device)
+    if isinstance(structure, dict):
+        return type(structure)((key, to_device(value, device)) for key, value in structure.items())
+    if isinstance(structure, tuple) and hasattr(structure, "_fields"):  # a named tuple
+        return type(structure)(*(to_device(value, device) for value in structure))
+    if isinstance(structure, tuple | list):
+        return type(structure)(to_device(value, device) for value in structure)
+    return structure
 
 
 class TokenColumns(NamedTuple):
-    """The caption tokens of all processes, and how processes exchange scores."""
+    """The caption tokens of all processes, and the function that exchanges scores between processes."""
 
     text_tokens: torch.Tensor  # (C, L, P)
     text_mask: torch.Tensor  # (C, L) bool
-    # (R, C), own images against all captions -> (C, R), all images against own captions; differentiable
+    # Scores (R, C) of the images of this process with all captions -> scores (C, R) of all images with the captions of
+    # this process; differentiable
     swap_scores: Callable[[torch.Tensor], torch.Tensor]
 
 
 class PairColumns(NamedTuple):
-    """What the rows of one process are compared with: the pairs of all processes, C of them."""
+    """The C pairs of all processes, with which the rows of one process are compared."""
 
     image_embeds: torch.Tensor  # (C, P)
     text_embeds: torch.Tensor  # (C, P)
     caption_keys: torch.Tensor  # (C,)
     image_keys: torch.Tensor | None = None  # (C,)
     frequency_embeds: torch.Tensor | None = None  # (C, P)
-    tokens: TokenColumns | None = None  # None: the token level compares the pairs of this process alone
+    tokens: TokenColumns | None = None  # None: the token-level loss compares the pairs of this process only
 
 
 def _keys(pairs: PairEmbeddings | PairColumns) -> list[torch.Tensor]:
@@ -282,23 +299,23 @@ def multi_level_loss(
     token_loss_group_size: int | None = None,
     columns: PairColumns | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The three losses of MLIP on one batch and their weighted sum; a level whose inputs are None is left out.
+    """The three losses of MLIP on one batch and their weighted sum; a loss whose inputs are `None` is left out.
 
     Args:
-        pairs: R rows, the pairs of this process.
-        logit_scale: log of the inverse temperature, one for each loss.
-        frequency_logit_scale: likewise.
-        token_logit_scale: likewise.
-        frequency_loss_weight: what the frequency loss counts for beside the spatial one.
-        token_loss_weight: what the token loss counts for.
-        token_loss_group_size: see `grouped_token_loss`; where tokens of other processes are there, all are compared.
-        columns: the pairs of all processes; `None`: the rows are all there is.
+        pairs: the R pairs of this process.
+        logit_scale: log of the inverse temperature of the spatial loss.
+        frequency_logit_scale: log of the inverse temperature of the frequency loss.
+        token_logit_scale: log of the inverse temperature of the token-level loss.
+        frequency_loss_weight: weight of the frequency loss; the spatial loss has weight 1.
+        token_loss_weight: weight of the token-level loss.
+        token_loss_group_size: see `grouped_token_loss`; not used if `columns` hold tokens of other processes.
+        columns: the pairs of all processes; `None` if this process is the only one.
 
     Returns:
-        Scalars, means over the rows: `spatial_loss`, `frequency_loss` and `token_loss` where computed, and `loss`.
+        Scalars, means over the rows: `spatial_loss`, `frequency_loss` and `token_loss` if computed, and `loss`.
     """
-    own_keys = _keys(pairs)
-    targets = positive_targets(own_keys, own_keys if columns is None else _keys(columns))
+    row_keys = _keys(pairs)
+    targets = positive_targets(row_keys, row_keys if columns is None else _keys(columns))
     others: PairEmbeddings | PairColumns = pairs if columns is None else columns
     # Step (1): instance level, spatial domain
     parts = {
@@ -322,8 +339,8 @@ def multi_level_loss(
     if pairs.tokens is not None and token_logit_scale is not None:
         tokens = pairs.tokens
         if columns is None or columns.tokens is None:
-            parts["token_loss"] = grouped_token_loss(tokens, own_keys, token_logit_scale, token_loss_group_size)
-        else:  # each pair of image and caption is compared once, where the image is
+            parts["token_loss"] = grouped_token_loss(tokens, row_keys, token_logit_scale, token_loss_group_size)
+        else:  # the process of the image computes both scores of an image and a caption
             text = (columns.tokens.text_tokens, columns.tokens.text_mask)
             by_image, by_text = token_scores(tokens.image_tokens, tokens.image_weights, *text)
             scores = by_image, columns.tokens.swap_scores(by_text)

@@ -1,10 +1,13 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """MLIP (arXiv 2406.01460) as a Transformers model: CLIP with a frequency stage, token merging and three losses.
 
-The mathematics lives in `frequency.py`, `token_merging.py` and `losses.py`; modules here are thin shells around it.
-Parameter names follow transformers' CLIP, so that CLIP weights load by name, and with the frequency gate at zero and
-`merge_ratio=0` the tower is CLIP. Axes: B images, N patches, M tokens left, D width, F width of the frequency stage,
-P width of the shared space, T captions, L caption tokens, h heads, d width of a head.
+The mathematics is in `frequency.py`, `token_merging.py` and `losses.py`; the modules here call it. Parameter names
+follow transformers' CLIP, so that CLIP weights load by name. With the frequency gate at zero and `merge_ratio=0` the
+model computes the same embeddings as CLIP.
+
+Axes: B images, N patches, M patch tokens after merging, K prefix tokens (the class token: 1 or 0), D hidden size, F
+hidden size of the frequency stage, P width of the shared embedding space, T captions, L caption tokens, h attention
+heads, d width of a head.
 """
 
 import copy
@@ -32,6 +35,7 @@ from transformers.models.clip.modeling_clip import (
     CLIPVisionEmbeddings,
     eager_attention_forward,
 )
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
@@ -39,7 +43,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
 from .frequency import apply_spectral_filter, half_spectrum_shape, log_amplitude, resize_spectral_filter
-from .losses import PairColumns, PairEmbeddings, TokenEmbeddings, caption_keys, multi_level_loss, pairs_on
+from .losses import (
+    MAX_LOGIT_SCALE,
+    PairColumns,
+    PairEmbeddings,
+    TokenEmbeddings,
+    caption_keys,
+    multi_level_loss,
+    to_device,
+)
 from .token_merging import (
     compose,
     fuse_least_important,
@@ -52,10 +64,10 @@ from .token_merging import (
     z_score,
 )
 
-# The MLP of a frequency block widens by this much.
+# Hidden size of the MLP of a frequency block, relative to the hidden size of the block.
 FREQUENCY_MLP_RATIO = 2
-# Of the tokens that a stage removes, so many go in one round of matching: with half, as in ToMe, tokens that resemble
-# none have to go too, which costs about three points of recall where half of them go in one stage.
+# Maximum fraction of tokens removed per matching round. At ToMe's fraction, one half, every second token has to merge,
+# even if no other token is similar to it. Recall@1 in single runs: 57.9 at 1/2, 61.0 at 1/4 (docs/results.md).
 MAX_SHARE_PER_ROUND = 0.25
 
 
@@ -67,14 +79,16 @@ class MLIPVisionOutput(BaseModelOutputWithPooling):
     r"""Output of the vision tower.
 
     Args:
-        last_hidden_state: `(B, 1 + M, D)`, the class token and the tokens that are left.
-        pooler_output: `(B, D)`, or `(B, P)` from `get_image_features`.
-        frequency_hidden_state: `(B, M, F)`, frequency features of the tokens that are left; `None` without the stage.
-        frequency_pooler_output: `(B, F)`, pooled over all patches.
-        token_sizes: `(B, M)` float32, the number of patches in each token.
-        token_map: `(B, N)` int64, patch -> token, with `output_token_map=True`.
-        hidden_states: layers + 1 tensors `(B, 1 + tokens, D)`; their length follows the merging.
-        attentions: a tensor `(B, h, 1 + tokens, 1 + tokens)` for each layer, as long as the layer's input.
+        last_hidden_state: `(B, K + M, D)`, the prefix tokens and the merged patch tokens, before the post-LayerNorm.
+        pooler_output: `(B, D)` from the tower, `(B, P)` from `get_image_features`.
+        frequency_hidden_state: `(B, M, F)`, frequency features of the merged tokens; `None` without a frequency stage.
+        frequency_pooler_output: `(B, F)`, pooled over all patches before merging.
+        token_sizes: `(B, M)` float32, the number of patches that each token replaces.
+        token_map: `(B, N)` int64, the index of the token that each patch became part of; only with
+            `output_token_map=True`.
+        hidden_states: a tuple of layers + 1 tensors `(B, K + tokens, D)`; the number of tokens falls with merging.
+        attentions: a tuple with one tensor `(B, h, K + tokens, K + tokens)` for each layer, with the number of tokens
+            at the input of the layer.
     """
 
     frequency_hidden_state: torch.Tensor | None = None
@@ -85,7 +99,12 @@ class MLIPVisionOutput(BaseModelOutputWithPooling):
 
 @dataclass
 class MLIPVisionModelOutput(ModelOutput):
-    r"""Output of `MLIPVisionModelWithProjection`: `image_embeds` `(B, P)`, and fields of `MLIPVisionOutput`."""
+    r"""Output of `MLIPVisionModelWithProjection`.
+
+    Args:
+        image_embeds: `(B, P)`, not normalised.
+        last_hidden_state: as in `MLIPVisionOutput`, like the fields that follow.
+    """
 
     image_embeds: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
@@ -100,17 +119,17 @@ class MLIPOutput(ModelOutput):
     r"""Output of `MLIPModel`.
 
     Args:
-        loss: scalar, with `return_loss=True`: the weighted sum of the parts that follow.
-        spatial_loss: scalar, InfoNCE of spatial and text embeddings.
-        frequency_loss: scalar, InfoNCE of frequency and text embeddings.
-        token_loss: scalar, InfoNCE of token-level scores.
-        logits_per_image: `(B, T)`, scaled cosine similarities.
-        logits_per_text: `(T, B)`, the same, transposed.
+        loss: scalar, the weighted sum of the three losses below; only with `return_loss=True`.
+        spatial_loss: scalar, InfoNCE between spatial and text embeddings.
+        frequency_loss: scalar, InfoNCE between frequency and text embeddings.
+        token_loss: scalar, InfoNCE over token-level scores.
+        logits_per_image: `(B, T)`, cosine similarities times exp(`logit_scale`).
+        logits_per_text: `(T, B)`, the transpose of `logits_per_image`.
         text_embeds: `(T, P)`, normalised.
-        image_embeds: `(B, P)`, normalised: the spatial embedding, joined with `frequency_embed_weight` times the
-            frequency embedding.
+        image_embeds: `(B, P)`, normalised: the spatial embedding plus `frequency_embed_weight` times the frequency
+            embedding.
         frequency_embeds: `(B, P)`, normalised; `None` without a frequency loss.
-        pairs: `losses.PairEmbeddings`, all that the losses need of this batch, with `return_pairs=True`.
+        pairs: `losses.PairEmbeddings`, the inputs of the losses; only with `return_pairs=True`.
         text_model_output: output of the text tower.
         vision_model_output: output of the vision tower.
     """
@@ -143,7 +162,7 @@ class MLIPFrequencyBlock(nn.Module):
         size, side = config.frequency_hidden_size, config.image_size // config.patch_size
         self.config = config
         self.layer_norm1 = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        # K as real pairs: a complex parameter would ignore `.half()`.
+        # K as pairs of real and imaginary part, because `.half()` does not convert complex parameters.
         self.spectral_filter = nn.Parameter(torch.empty(*half_spectrum_shape(side, side), size, 2))
         self.layer_norm2 = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(size, FREQUENCY_MLP_RATIO * size)
@@ -159,10 +178,11 @@ class MLIPFrequencyBlock(nn.Module):
 
 
 class MLIPFrequencyStage(nn.Module):
-    """The frequency domain beside the spatial stream, which it enters through a gate that starts at zero.
+    """Computes frequency features of every patch, and adds them to the patch embeddings through a learned gate.
 
-    Of every patch it sees the amplitude spectrum alone, normalised: which frequencies the patch holds, wherever in it
-    and however faint. The tower's own embedding tells the rest; with both as input the spectrum went unheard.
+    The input is the normalised log-amplitude spectrum of each patch. It says which frequencies a patch contains, but
+    not where in the patch, and not how strong they are overall. The gate starts at zero, so the stage changes no
+    embedding before training.
     """
 
     def __init__(self, config: MLIPVisionConfig):
@@ -180,8 +200,9 @@ class MLIPFrequencyStage(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, grid: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`(B, 3, height, width)` -> what to add to the patches `(B, N, D)`, features `(B, N, F)`, pooled `(B, F)`."""
-        pixel_values = pixel_values.to(self.gate.dtype)  # of a parameter that is never quantised
+        """`(B, 3, height, width)` -> the summand for the patch embeddings `(B, N, D)`, the frequency features
+        `(B, N, F)` and their attention-weighted mean `(B, F)`."""
+        pixel_values = pixel_values.to(self.gate.dtype)  # quantisation leaves the dtype of the gate alone
         amplitude = log_amplitude(pixel_values, self.config.patch_size)
         states = self.input_projection(nn.functional.layer_norm(amplitude, amplitude.shape[-1:]))
         for layer in self.layers:
@@ -195,6 +216,17 @@ class MLIPFrequencyStage(nn.Module):
 # Encoder layers
 
 
+def split_prefix(states: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(B, K + M, C)` -> the K prefix tokens `(B, K, C)` and the M patch tokens `(B, M, C)`."""
+    return states[:, :num_prefix_tokens], states[:, num_prefix_tokens:]
+
+
+def select_queries(states: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
+    """`(B, K + M, D)` -> `(B, Q, D)`, the tokens whose attention says which patch tokens are important: the prefix
+    tokens, or all tokens of a tower without prefix tokens."""
+    return states[:, :num_prefix_tokens] if num_prefix_tokens > 0 else states
+
+
 def scale_branch(branch: torch.Tensor, layer_scale: torch.Tensor | None) -> torch.Tensor:
     return branch if layer_scale is None else branch * layer_scale
 
@@ -204,7 +236,7 @@ def layer_scale_parameter(config: MLIPTextConfig | MLIPVisionConfig) -> nn.Param
 
 
 class MLIPTextLayer(CLIPEncoderLayer):
-    """CLIP's layer, with LayerScale where the configuration asks for it."""
+    """CLIP's encoder layer, with LayerScale if `layer_scale_init_value` is set."""
 
     def __init__(self, config: MLIPTextConfig):
         super().__init__(config)
@@ -224,7 +256,7 @@ class MLIPTextLayer(CLIPEncoderLayer):
 
 
 class MLIPVisionAttention(CLIPAttention):
-    """CLIP's attention, which also tells on request what merging is guided by."""
+    """CLIP's attention, which also computes the guide of token merging on request."""
 
     def forward(
         self,
@@ -233,11 +265,18 @@ class MLIPVisionAttention(CLIPAttention):
         guide_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
-        """`(B, S, D)` -> output `(B, S, D)`, weights `(B, h, S, S)` if the backend has them, guide or `None`.
+        """Attends, and computes what token merging is guided by if `guide_states` are given.
 
-        The guide, made where `guide_states` `(B, 1, D)` ask for it, is the mean key over heads `(B, S - 1, d)` and the
-        attention of these states to the tokens, also averaged over heads, `(B, S - 1)`: one row, in float32, outside
-        the attention backend, so that every backend merges alike.
+        Args:
+            hidden_states: `(B, S, D)` with S = K + M.
+            attention_mask: `(B, 1, 1, S)`, added to the attention logits.
+            guide_states: `(B, Q, D)`, normalised states whose queries rank the patch tokens.
+
+        Returns:
+            The output `(B, S, D)`, the attention weights `(B, h, S, S)` or `None` if the backend does not return them,
+            and the guide or `None`. The guide holds the keys `(B, M, d)`, averaged over heads, and the attention that
+            each patch token receives from `guide_states` `(B, M)`, averaged over heads and queries. It is computed in
+            float32 outside the attention backend, so that every backend merges the same tokens.
         """
         B, S, _ = hidden_states.shape
         heads = (B, S, self.num_heads, self.head_dim)
@@ -265,18 +304,21 @@ class MLIPVisionAttention(CLIPAttention):
     def _guide(
         self, guide_states: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        query = self.q_proj(guide_states).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, h, 1, d)
+        queries = self.q_proj(guide_states).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        num_prefix = self.config.num_prefix_tokens
         with maybe_autocast(keys.device.type, enabled=False):
-            query, keys = query.float(), keys.float()
-            scores = query @ keys.transpose(2, 3) * self.scale  # (B, h, 1, S)
+            queries, keys = queries.float(), keys.float()  # (B, h, Q, d), (B, h, S, d)
+            scores = queries @ keys.transpose(2, 3) * self.scale  # (B, h, Q, S)
             if attention_mask is not None:
                 scores = scores + attention_mask[:, :, :1].float()
-            class_attention = scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]  # (B, S - 1)
-            return keys.mean(dim=1)[:, 1:], class_attention
+            attention = scores.softmax(dim=-1).mean(dim=1)  # (B, Q, S)
+            _, patch_keys = split_prefix(keys.mean(dim=1), num_prefix)
+            _, patch_attention = split_prefix(attention.mean(dim=1), num_prefix)
+            return patch_keys, patch_attention
 
 
 class MLIPVisionLayer(CLIPEncoderLayer):
-    """CLIP's layer, with token merging between attention and MLP, and LayerScale where asked for."""
+    """CLIP's encoder layer, with token merging between attention and MLP, and LayerScale if configured."""
 
     def __init__(self, config: MLIPVisionConfig):
         super().__init__(config)
@@ -296,13 +338,25 @@ class MLIPVisionLayer(CLIPEncoderLayer):
         caption_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
-        """Tensors in, tensors out: `hidden_states` `(B, 1 + N, D)`, `frequency_states` `(B, N, F)`,
-        `frequency_importance` `(B, N)` and `sizes` `(B, N)` come back with M = N - num_removed tokens, followed by the
-        `assignment` `(B, N)` of the step, `None` without one. `caption_states` `(B, D)` are for ELIP's guide."""
+        """Attention, then token merging if `num_removed > 0`, then the MLP.
+
+        Args:
+            hidden_states: `(B, K + N, D)`.
+            attention_mask: `(B, 1, 1, K + N)`, see `MLIPVisionEncoder.size_bias`; `None` before the first merge.
+            frequency_states: `(B, N, F)`, or `None` without a frequency stage.
+            frequency_importance: `(B, N)`, or `None` without a frequency stage.
+            sizes: `(B, N)` float32, the number of patches that each token replaces.
+            num_removed: number of patch tokens to remove.
+            caption_states: `(B, D)`, mixed into the guide by `merge_method="elip"`.
+
+        Returns:
+            `hidden_states`, `frequency_states`, `frequency_importance` and `sizes` with M = N - num_removed patch
+            tokens, and the assignment `(B, N)` of the merge, or `None` if nothing merged.
+        """
         normed_states = self.layer_norm1(hidden_states)
         guide_states = None
         if num_removed > 0:
-            guide_states = self._guide_states(hidden_states[:, :1], normed_states[:, :1], caption_states)
+            guide_states = self._guide_states(hidden_states, normed_states, caption_states)
         branch, _, guide = self.self_attn(
             normed_states, attention_mask=attention_mask, guide_states=guide_states, **kwargs
         )
@@ -310,11 +364,11 @@ class MLIPVisionLayer(CLIPEncoderLayer):
         assignment = None
         if guide is not None:
             num_new = sizes.shape[1] - num_removed
-            with maybe_autocast(hidden_states.device.type, enabled=False):  # sizes and the residual stream stay float32
+            with maybe_autocast(hidden_states.device.type, enabled=False):  # keeps sizes and residuals in float32
                 assignment, weights = self._match(guide, frequency_states, frequency_importance, sizes, num_removed)
                 matrix = merge_matrix(assignment, weights, num_new)
-                patches = merge_tokens(hidden_states[:, 1:], matrix)
-                hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
+                prefix, patches = split_prefix(hidden_states, self.config.num_prefix_tokens)
+                hidden_states = torch.cat([prefix, merge_tokens(patches, matrix)], dim=1)
                 if frequency_states is not None:
                     frequency_states = merge_tokens(frequency_states, matrix)
                     frequency_importance = merge_tokens(frequency_importance[..., None], matrix)[..., 0]
@@ -325,14 +379,15 @@ class MLIPVisionLayer(CLIPEncoderLayer):
 
     @torch.no_grad()
     def _guide_states(
-        self, class_states: torch.Tensor, normed_states: torch.Tensor, caption_states: torch.Tensor | None
+        self, hidden_states: torch.Tensor, normed_states: torch.Tensor, caption_states: torch.Tensor | None
     ) -> torch.Tensor:
-        """`(B, 1, D)`, what asks for the importance of tokens: the class token, in ELIP mixed with the caption."""
+        """`(B, Q, D)`: the states whose attention ranks the patch tokens; ELIP mixes the caption into them."""
         if self.config.merge_method != "elip" or caption_states is None:
-            return normed_states
-        length = class_states.norm(dim=-1, keepdim=True)
-        caption = nn.functional.normalize(caption_states[:, None], dim=-1).to(class_states.dtype) * length
-        return self.layer_norm1(torch.lerp(class_states, caption, self.config.merge_caption_weight))
+            return select_queries(normed_states, self.config.num_prefix_tokens)
+        states = select_queries(hidden_states, self.config.num_prefix_tokens)
+        length = states.norm(dim=-1, keepdim=True)
+        caption = nn.functional.normalize(caption_states[:, None], dim=-1).to(states.dtype) * length
+        return self.layer_norm1(torch.lerp(states, caption, self.config.merge_caption_weight))
 
     @torch.no_grad()
     def _match(
@@ -343,18 +398,18 @@ class MLIPVisionLayer(CLIPEncoderLayer):
         sizes: torch.Tensor,
         num_removed: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The assignment `(B, N)`, and what each token counts `(B, N)` in the mean that it becomes part of."""
-        keys, class_attention = guide
+        """The assignment `(B, N)`, and the weight `(B, N)` of each token in the mean of its merged token."""
+        keys, patch_attention = guide
         if self.config.merge_method == "elip":
-            weights = class_attention.clamp(min=torch.finfo(torch.float16).tiny)
-            return fuse_least_important(class_attention, num_removed), weights
+            weights = patch_attention.clamp(min=torch.finfo(torch.float16).tiny)
+            return fuse_least_important(patch_attention, num_removed), weights
         if self.config.merge_method == "tome":
             return match_tokens(joint_similarity_features(keys), None, num_removed), sizes
         if frequency_states is None:
-            features, importance = joint_similarity_features(keys), z_score(class_attention)
+            features, importance = joint_similarity_features(keys), z_score(patch_attention)
         else:
             features = joint_similarity_features(keys, frequency_states.float())
-            importance = (z_score(class_attention) + z_score(frequency_importance)) / 2
+            importance = (z_score(patch_attention) + z_score(frequency_importance)) / 2
         importance = self.config.merge_importance_weight * importance
         return match_tokens(features, importance, num_removed, MAX_SHARE_PER_ROUND), sizes
 
@@ -363,7 +418,7 @@ class MLIPVisionLayer(CLIPEncoderLayer):
 
 
 class MLIPTextEncoder(CLIPEncoder):
-    """CLIP's encoder, made of `MLIPTextLayer`."""
+    """CLIP's encoder with layers of `MLIPTextLayer`."""
 
     def __init__(self, config: MLIPTextConfig):
         nn.Module.__init__(self)
@@ -373,7 +428,7 @@ class MLIPTextEncoder(CLIPEncoder):
 
 
 class MLIPVisionEncoder(nn.Module):
-    """Layers of `MLIPVisionLayer`; carries along what follows the tokens."""
+    """Layers of `MLIPVisionLayer`; passes sizes, frequency features and the token map from layer to layer."""
 
     def __init__(self, config: MLIPVisionConfig):
         super().__init__()
@@ -390,7 +445,7 @@ class MLIPVisionEncoder(nn.Module):
         caption_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MLIPVisionOutput:
-        B, N = inputs_embeds.shape[0], inputs_embeds.shape[1] - 1
+        B, N = inputs_embeds.shape[0], inputs_embeds.shape[1] - self.config.num_prefix_tokens
         hidden_states = inputs_embeds
         sizes = torch.ones(B, N, device=hidden_states.device, dtype=torch.float32)
         token_map = torch.arange(N, device=hidden_states.device).expand(B, N) if output_token_map else None
@@ -417,7 +472,7 @@ class MLIPVisionEncoder(nn.Module):
         )
 
     def tokens_removed(self, num_patches: int) -> list[int]:
-        """Patch tokens that each layer removes; depends on the configuration and the image size alone."""
+        """The number of patch tokens that each layer removes, by the configuration and the number of patches."""
         config = self.config
         removed = [0] * config.num_hidden_layers
         if config.merge_ratio > 0:
@@ -427,51 +482,61 @@ class MLIPVisionEncoder(nn.Module):
         return removed
 
     def size_bias(self, sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`(B, M)` -> `(B, 1, 1, 1 + M)`: log(size) is added to the logits, 0 for the class token, so that a merged
-        token counts for what it replaces (ToMe, arXiv 2210.09461, equation 1)."""
-        # flex_attention would read a row for each query, where there is one; with them all, its CPU kernel crashes.
+        """`(B, M)` -> `(B, 1, 1, K + M)`: log(size) for each patch token and 0 for prefix tokens. Attention adds it to
+        its logits, so that a merged token counts as the patches that it replaces (proportional attention of ToMe, arXiv
+        2210.09461, equation 1)."""
+        # flex_attention needs one row of the bias for each query. With all rows its CPU kernel crashes.
         if any(name in self.config._attn_implementation for name in ("flash", "flex")):
             raise ValueError(
                 f"attn_implementation={self.config._attn_implementation!r} cannot add the size of merged tokens to "
                 "attention; use 'sdpa' or 'eager', or set_merge_ratio(0)."
             )
-        return nn.functional.pad(sizes.log().to(dtype), (1, 0))[:, None, None, :]
+        return nn.functional.pad(sizes.log().to(dtype), (self.config.num_prefix_tokens, 0))[:, None, None, :]
 
 
 # Models
 
 
 def init_weight(layer: nn.Module, std: float) -> None:
-    """Draws a layer's weight, if it has one: some ways of quantising take it away."""
+    """Initialises the weight of a layer, unless quantisation has removed the weight."""
     if getattr(layer, "weight", None) is not None:
         init.normal_(layer.weight, std=std)
 
 
 class MLIPPreTrainedModel(CLIPPreTrainedModel):
+    """Initialisation of weights and `set_merge_ratio`, for every class below."""
+
     config: MLIPConfig
-    accepts_loss_kwargs = False  # losses are means over the batch: Trainer divides them by the accumulation steps
+    accepts_loss_kwargs = False  # losses are means over the batch, so Trainer must divide by the accumulation steps
     base_model_prefix = "mlip"
     input_modalities: tuple[str, ...] = ("image", "text")
     _no_split_modules = [
         "CLIPTextEmbeddings",
         "CLIPVisionEmbeddings",
+        "SiglipVisionEmbeddings",
         "MLIPTextLayer",
         "MLIPVisionLayer",
         "MLIPFrequencyStage",
     ]
     _can_record_outputs = {"hidden_states": CLIPEncoderLayer, "attentions": CLIPAttention}
 
+    def post_init(self) -> None:
+        super().post_init()
+        # FSDP in accelerate raises an error for a class in `_no_split_modules` that the model has no module of.
+        class_names = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(class_names.intersection(self._no_split_modules))
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # transformers passes over containers without parameters of their own in custom code, in case it writes over
-        # loaded weights. `_init_weights` never does, and attention is such a container.
+        # In custom code, transformers skips modules that hold no parameters themselves, such as attention, because
+        # their initialisation could overwrite loaded weights. `_init_weights` below never does.
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises every parameter and buffer of `module`; what CLIP has as OpenAI's CLIP does.
+        """Initialises every parameter and buffer of `module`; modules of CLIP in the way of OpenAI's CLIP.
 
-        transformers gives the input projections of attention the standard deviation of the output projection and the
-        other way round, which learns far more slowly: see `initialize_parameters` in
+        transformers swaps the standard deviations of the input and output projections of attention, with which training
+        is much slower. Source: `initialize_parameters` in
         https://github.com/openai/CLIP/blob/d05afc436d78f1c48dc0dbf8e5980a9d471f35f6/clip/model.py#L299
         """
         super()._init_weights(module)
@@ -481,6 +546,11 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             for projection in (module.q_proj, module.k_proj, module.v_proj):
                 init_weight(projection, std)
             init_weight(module.out_proj, std * (2 * module.config.num_hidden_layers) ** -0.5)
+        elif isinstance(module, SiglipVisionEmbeddings):
+            std = module.config.initializer_range * factor
+            init_weight(module.patch_embedding, std)
+            init.normal_(module.position_embedding.weight, std=std)
+            init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
         elif isinstance(module, MLIPFrequencyBlock):
             std = module.config.initializer_range * factor
             init.normal_(module.spectral_filter, std=std)
@@ -498,11 +568,12 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
         elif isinstance(module, MLIPModel):
             for projection in module.projections():
                 init_weight(projection, projection.in_features**-0.5 * factor)
-            if module.token_frequency_projection is not None:  # small, so that spatial features lead at first
+            if module.token_frequency_projection is not None:  # small, so that spatial features dominate at first
                 std = 0.1 * module.token_frequency_projection.in_features**-0.5 * factor
                 init_weight(module.token_frequency_projection, std)
-            for logit_scale in module.logit_scales().values():
-                init.constant_(logit_scale, self.config.logit_scale_init_value)
+            for name, parameter in module.scalar_parameters().items():
+                if name.endswith("logit_scale"):
+                    init.constant_(parameter, self.config.logit_scale_init_value)
         elif isinstance(module, MLIPVisionModelWithProjection):
             init_weight(module.visual_projection, self.config.hidden_size**-0.5 * factor)
             if module.frequency_projection is not None:
@@ -513,14 +584,17 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             init_weight(module.classifier, self.config.vision_config.hidden_size**-0.5 * factor)
 
     def set_merge_ratio(self, merge_ratio: float) -> None:
-        """Changes the share of patch tokens that merging removes, from the next call on; 0 turns merging off.
+        """Changes the fraction of patch tokens that merging removes, from the next forward call on.
+
+        Args:
+            merge_ratio: `0 <= merge_ratio < 1`; 0 turns merging off.
 
         Raises:
-            ValueError: if it is not in [0, 1), leaves no token, or this model has no vision tower.
+            ValueError: if `merge_ratio` is out of range or leaves no patch tokens, or if there is no vision tower.
         """
         towers = [module for module in self.modules() if isinstance(module, MLIPVisionModel)]
         if not towers:
-            raise ValueError(f"{type(self).__name__} has no vision tower; call set_merge_ratio on one that has.")
+            raise ValueError(f"{type(self).__name__} has no vision tower; call set_merge_ratio on a model with one.")
         for tower in towers:
             changed = copy.copy(tower.config)
             changed.merge_ratio = merge_ratio
@@ -529,7 +603,7 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
 
 
 class MLIPTextModel(MLIPPreTrainedModel):
-    """CLIP's text tower, and what some OpenCLIP towers need of it."""
+    """CLIP's text tower, with the pooling, mask and LayerScale that some OpenCLIP text towers use."""
 
     config: MLIPTextConfig
     input_modalities = ("text",)
@@ -555,35 +629,38 @@ class MLIPTextModel(MLIPPreTrainedModel):
 
         Args:
             input_ids: `(T, L)`.
-            attention_mask: `(T, L)`, 1 where there is a token; not used with `use_causal_mask=False`.
-            position_ids: `(T, L)`, where other than 0 to L - 1.
+            attention_mask: `(T, L)`, 1 at tokens and 0 at padding; not used with `use_causal_mask=False`.
+            position_ids: `(T, L)`; 0 to L - 1 if `None`.
 
         Returns:
-            `last_hidden_state` `(T, L, D)` and `pooler_output` `(T, D)`.
+            `last_hidden_state` `(T, L, D)` and `pooler_output` `(T, D)`. With `pooling="last"`, L is
+            `max_position_embeddings`.
+
+        Raises:
+            ValueError: without `input_ids`; with `pooling="last"`, if they are too long or `position_ids` are given.
         """
         if input_ids is None:
-            raise ValueError("You have to specify input_ids")
+            raise ValueError("input_ids are missing; pass the token ids of the captions.")
         input_ids = input_ids.view(-1, input_ids.shape[-1])
-        missing = 0
-        if self.config.pooling == "last":  # as trained: the last of all positions, padding included
-            missing = self.config.max_position_embeddings - input_ids.shape[1]
-            if missing < 0:
+        num_padded = 0
+        if self.config.pooling == "last":  # these towers were trained on captions padded to the full length
+            num_padded = self.config.max_position_embeddings - input_ids.shape[1]
+            if num_padded < 0:
                 raise ValueError(
                     f"input_ids hold {input_ids.shape[1]} tokens, and this model takes at most "
-                    f"max_position_embeddings={self.config.max_position_embeddings}; cut them with truncation=True and "
-                    "that max_length."
+                    f"max_position_embeddings={self.config.max_position_embeddings}; pass truncation=True and that "
+                    "max_length to the tokenizer."
                 )
             if position_ids is not None:
-                raise ValueError('position_ids: pooling="last" pads the ids itself, and takes none.')
-            input_ids = nn.functional.pad(input_ids, (0, missing), value=self.config.pad_token_id)
+                raise ValueError('position_ids are not supported with pooling="last"; leave them out.')
+            input_ids = nn.functional.pad(input_ids, (0, num_padded), value=self.config.pad_token_id)
         hidden_states = self.embeddings(input_ids=input_ids, position_ids=position_ids)
         kwargs.pop("is_causal", None)
         if self.config.use_causal_mask:
-            if attention_mask is not None and missing > 0:
-                attention_mask = nn.functional.pad(attention_mask, (0, missing))
-            mask = create_causal_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
-            )
+            if attention_mask is not None and num_padded > 0:
+                attention_mask = nn.functional.pad(attention_mask, (0, num_padded))
+            # By position: transformers 5.24 renamed the last argument, `past_key_values`, to `cache`.
+            mask = create_causal_mask(self.config, hidden_states, attention_mask, None)
         else:
             mask = None
         encoder_outputs: BaseModelOutput = self.encoder(
@@ -595,15 +672,19 @@ class MLIPTextModel(MLIPPreTrainedModel):
         )
 
     def _pool(self, last_hidden_state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """`(T, L, D)` -> `(T, D)`: the state at the last position, or at the first EOS token.
+
+        As in CLIP, text after the first EOS does not count. A caption without EOS is pooled at its first position.
+        """
         if self.config.pooling == "last":
             return last_hidden_state[:, -1]
-        # The first EOS: padding may have the same id. ONNX finds the largest of int32, not of int64.
+        # The first EOS, because padding may have the same id. ONNX has argmax for int32, not for int64.
         position = (input_ids == self.config.eos_token_id).to(torch.int32).argmax(dim=-1)
         return last_hidden_state[torch.arange(input_ids.shape[0], device=input_ids.device), position]
 
 
 class MLIPVisionModel(MLIPPreTrainedModel):
-    """The vision tower: CLIP's, a frequency stage beside it, and token merging in its layers."""
+    """CLIP's vision tower with a frequency stage, and with token merging in its layers."""
 
     config: MLIPVisionConfig
     main_input_name = "pixel_values"
@@ -613,7 +694,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
     def __init__(self, config: MLIPVisionConfig):
         super().__init__(config)
         size, eps = config.hidden_size, config.layer_norm_eps
-        self.embeddings = CLIPVisionEmbeddings(config)
+        self.embeddings = CLIPVisionEmbeddings(config) if config.use_class_token else SiglipVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(size, eps=eps) if config.use_pre_layernorm else nn.Identity()  # CLIP's name
         self.frequency = MLIPFrequencyStage(config) if config.frequency_layers > 0 else None
         self.encoder = MLIPVisionEncoder(config)
@@ -633,28 +714,30 @@ class MLIPVisionModel(MLIPPreTrainedModel):
         """Encodes images.
 
         Args:
-            pixel_values: `(B, 3, height, width)`, normalised as the image processor does.
-            interpolate_pos_encoding: fits the position embeddings to images of another size than `image_size`.
-            output_token_map: returns which token each patch became part of.
-            caption_states: `(B, D)`, the direction of each image's caption in this tower, which then guides
-                `merge_method="elip"`; the other methods have no use for it.
+            pixel_values: `(B, 3, height, width)`, normalised by the image processor.
+            interpolate_pos_encoding: interpolates the position embeddings, for images of another size than
+                `image_size`.
+            output_token_map: also returns the index of the token that each patch became part of.
+            caption_states: `(B, D)`, the direction of each image's caption in the space of the hidden states. It guides
+                `merge_method="elip"`; the other methods ignore it.
 
         Raises:
-            ValueError: for another image size without `interpolate_pos_encoding`, or one that the patch size does not
-                divide.
+            ValueError: without `pixel_values`, for an image size that differs from `image_size` without
+                `interpolate_pos_encoding`, or for an image size that is not divisible by `patch_size`.
         """
         if pixel_values is None:
-            raise ValueError("You have to specify pixel_values")
-        grid = self._patch_grid(pixel_values)
-        # Step (1): patch, class and position embeddings and the pre-LayerNorm, as CLIP
+            raise ValueError("pixel_values are missing; pass the output of the image processor.")
+        grid = self._patch_grid(pixel_values, interpolate_pos_encoding)
+        # Step (1): patch, class and position embeddings and the pre-LayerNorm, as in CLIP
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         hidden_states = self.pre_layrnorm(hidden_states)
-        # Step (2): the frequency stage, beside the spatial stream
+        # Step (2): the frequency stage, added to the patch tokens
         frequency_states = pooled_frequency = frequency_importance = None
         if self.frequency is not None:
             injection, frequency_states, pooled_frequency = self.frequency(pixel_values, grid)
             injection = injection.to(hidden_states.device)
-            hidden_states = torch.cat([hidden_states[:, :1], hidden_states[:, 1:] + injection], dim=1)
+            prefix, patches = split_prefix(hidden_states, self.config.num_prefix_tokens)
+            hidden_states = torch.cat([prefix, patches + injection], dim=1)
             frequency_importance = self._frequency_importance(frequency_states, pooled_frequency)
         # Step (3): the encoder, with token merging
         outputs = self.encoder(
@@ -665,8 +748,8 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             caption_states=caption_states,
             **kwargs,
         )
-        # Step (4): pooling and the post-LayerNorm, as CLIP
-        return MLIPVisionOutput(  # anew, for the order of fields: `outputs[1]` is the pooled one, as in CLIP
+        # Step (4): pooling and the post-LayerNorm, as in CLIP
+        return MLIPVisionOutput(  # a new object: fields count in the order they are set, and `outputs[1]` is pooled
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=self.post_layernorm(self._pool(outputs)),
             frequency_hidden_state=outputs.frequency_hidden_state,
@@ -675,9 +758,14 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             token_map=outputs.token_map,
         )
 
-    def _patch_grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+    def _patch_grid(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None) -> tuple[int, int]:
         height, width = pixel_values.shape[-2:]
-        patch = self.config.patch_size
+        patch, side = self.config.patch_size, self.config.image_size
+        if not interpolate_pos_encoding and (height != side or width != side):
+            raise ValueError(
+                f"pixel_values of {height} x {width} do not match image_size={side}; resize the images, for example "
+                "with the model's image processor, or pass interpolate_pos_encoding=True."
+            )
         if height % patch or width % patch:
             raise ValueError(
                 f"pixel_values of {height} x {width} are not divisible by patch_size={patch}; resize the images, "
@@ -687,23 +775,22 @@ class MLIPVisionModel(MLIPPreTrainedModel):
 
     @torch.no_grad()
     def _frequency_importance(self, states: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        """cos(F_i, f), `(B, N)` in float32: how much a token says of what the image says in the frequency domain."""
+        """`(B, N)` float32, the cosine similarity of each token's frequency features with the pooled features."""
         return nn.functional.cosine_similarity(states.float(), pooled.float()[:, None], dim=-1)
 
     def _pool(self, outputs: MLIPVisionOutput) -> torch.Tensor:
-        if self.config.pooling == "class":
-            return outputs.last_hidden_state[:, 0]
-        return size_weighted_mean(outputs.last_hidden_state[:, 1:], outputs.token_sizes)
+        prefix, patches = split_prefix(outputs.last_hidden_state, self.config.num_prefix_tokens)
+        return prefix[:, 0] if self.config.pooling == "class" else size_weighted_mean(patches, outputs.token_sizes)
 
 
 def size_weighted_mean(tokens: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """`(B, M, C)` and `(B, M)` -> `(B, C)`: the mean over patches, where a token stands for several."""
+    """`(B, M, C)` and `(B, M)` -> `(B, C)`: the mean of the tokens, each weighted by its number of patches."""
     weights = (sizes / sizes.sum(dim=1, keepdim=True)).to(tokens.dtype)
     return (weights[:, None, :] @ tokens)[:, 0]
 
 
 def embed_frequency(projection: nn.Linear | None, vision_outputs: MLIPVisionOutput) -> torch.Tensor | None:
-    """The frequency embedding `(B, P)`, normalised; `None` of a model that has none."""
+    """The frequency embedding `(B, P)`, normalised; `None` if the model has no frequency projection."""
     if projection is None:
         return None
     return nn.functional.normalize(projection(vision_outputs.frequency_pooler_output), dim=-1)
@@ -712,25 +799,35 @@ def embed_frequency(projection: nn.Linear | None, vision_outputs: MLIPVisionOutp
 def join_embeds(
     spatial_embeds: torch.Tensor, frequency_embeds: torch.Tensor | None, frequency_weight: float
 ) -> torch.Tensor:
-    """The embedding of an image in both domains: `(B, P)`, and `(B, P)` normalised, which counts for
-    `frequency_weight` of the other's length.
+    """Adds the frequency embedding to the spatial embedding.
+
+    Args:
+        spatial_embeds: `(B, P)`.
+        frequency_embeds: `(B, P)`, normalised, or `None`.
+        frequency_weight: length of the added vector, relative to the length of the spatial embedding.
+
+    Returns:
+        `(B, P)`, not normalised; `spatial_embeds` itself if the weight is 0.
 
     Raises:
-        ValueError: if the second is asked for and there is none.
+        ValueError: if the weight is not 0 and there is no frequency embedding.
     """
     if frequency_weight == 0:
         return spatial_embeds
     if frequency_embeds is None:
         raise ValueError(
-            f"frequency_embed_weight={frequency_weight}, and this model was made without a frequency embedding: set it "
-            "to 0, or train one (frequency_layers and frequency_loss_weight above 0)."
+            f"frequency_embed_weight={frequency_weight}, and this model was made without a frequency embedding; set it "
+            "to 0, or train a model with frequency_layers and frequency_loss_weight above 0."
         )
     length = frequency_weight * spatial_embeds.norm(dim=-1, keepdim=True)
     return spatial_embeds + length * frequency_embeds.to(spatial_embeds.device)
 
 
 class MLIPModel(MLIPPreTrainedModel):
-    """Both towers, their projections, temperatures and losses. What the configuration leaves out is not made."""
+    """Both towers, their projections, temperatures and losses.
+
+    A part whose loss weight or number of layers is 0 has no parameters: its attribute is `None`.
+    """
 
     def __init__(self, config: MLIPConfig):
         super().__init__(config)
@@ -759,8 +856,14 @@ class MLIPModel(MLIPPreTrainedModel):
         self.token_logit_scale = logit_scale(has_token_loss)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
     def projections(self) -> list[nn.Linear]:
-        """The projections into the shared space, but for the token-level one of frequency features."""
+        """All projections into the shared space, except `token_frequency_projection`."""
         projections = (
             self.visual_projection,
             self.text_projection,
@@ -770,14 +873,23 @@ class MLIPModel(MLIPPreTrainedModel):
         )
         return [projection for projection in projections if projection is not None]
 
-    def logit_scales(self) -> dict[str, nn.Parameter]:
-        """The learned temperatures by name: log of the inverse, one for each loss."""
-        scales = {name: getattr(self, name) for name in ("logit_scale", "frequency_logit_scale", "token_logit_scale")}
-        return {name: scale for name, scale in scales.items() if scale is not None}
+    def scalar_parameters(self) -> dict[str, nn.Parameter]:
+        """The learned scalars of the losses by attribute name, such as `logit_scale`, the log of 1 / temperature."""
+        return {name: parameter for name, parameter in self.named_parameters(recurse=False) if parameter.ndim == 0}
+
+    @torch.no_grad()
+    def clamp_logit_scales(self) -> None:
+        """Limits every parameter named `*logit_scale` to `MAX_LOGIT_SCALE`, the range that the losses use.
+
+        Call it after each step of the optimizer. Other scalars, such as a bias, are left as they are.
+        """
+        for name, parameter in self.scalar_parameters().items():
+            if name.endswith("logit_scale"):
+                parameter.clamp_(max=MAX_LOGIT_SCALE)
 
     @torch.no_grad()
     def start_tokens_from_projections(self) -> None:
-        """Copies the instance-level projections to the token level: where fine-tuning of CLIP weights starts."""
+        """Copies the instance-level projections to the token level, to start fine-tuning from CLIP weights."""
         if self.token_visual_projection is not None:
             self.token_visual_projection.weight.copy_(self.visual_projection.weight)
             self.token_text_projection.weight.copy_(self.text_projection.weight)
@@ -790,7 +902,16 @@ class MLIPModel(MLIPPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
-        """The text tower's output for `input_ids` `(T, L)`, its `pooler_output` `(T, P)` projected, not normalised."""
+        """The output of the text tower, with the caption embeddings as `pooler_output`.
+
+        Args:
+            input_ids: `(T, L)`.
+            attention_mask: `(T, L)`.
+            position_ids: `(T, L)`.
+
+        Returns:
+            `pooler_output` `(T, P)`, not normalised, and the other fields of the text tower.
+        """
         text_outputs: BaseModelOutputWithPooling = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
         )
@@ -806,10 +927,19 @@ class MLIPModel(MLIPPreTrainedModel):
         text_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MLIPVisionOutput:
-        """The vision tower's output for `pixel_values` `(B, 3, height, width)`, its `pooler_output` `(B, P)` projected,
-        not normalised, joined with the frequency embedding where `frequency_embed_weight` asks for it. `text_embeds`
-        `(B, P)` of the images' own captions guide `merge_method="elip"`: the class token looks for what would make its
-        embedding theirs. Mind that images then know their captions."""
+        """The output of the vision tower, with the image embeddings as `pooler_output`.
+
+        Args:
+            pixel_values: `(B, 3, height, width)`.
+            interpolate_pos_encoding: see `MLIPVisionModel`.
+            output_token_map: see `MLIPVisionModel`.
+            text_embeds: `(B, P)`, the embeddings of the images' own captions, which guide `merge_method="elip"`. The
+                image embeddings then depend on the captions, so do not use them to measure retrieval.
+
+        Returns:
+            `MLIPVisionOutput` with `pooler_output` `(B, P)`, not normalised: the spatial embedding plus
+            `frequency_embed_weight` times the frequency embedding.
+        """
         vision_outputs = self._spatial_features(
             pixel_values, text_embeds, interpolate_pos_encoding, output_token_map, **kwargs
         )
@@ -828,7 +958,7 @@ class MLIPModel(MLIPPreTrainedModel):
         output_token_map: bool,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MLIPVisionOutput:
-        """`get_image_features` with the spatial embedding `(B, P)` alone."""
+        """`get_image_features` with the spatial embedding `(B, P)` only."""
         caption_states = None
         if text_embeds is not None:
             weight = self.visual_projection.weight.detach()  # (P, D)
@@ -859,31 +989,31 @@ class MLIPModel(MLIPPreTrainedModel):
         output_token_map: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MLIPOutput:
-        """Compares images with captions.
+        """Computes image and caption embeddings, their similarities, and the losses on request.
 
         Args:
             input_ids: `(T, L)`.
             pixel_values: `(B, 3, height, width)`.
             attention_mask: `(T, L)`.
             position_ids: `(T, L)`.
-            image_ids: `(B,)` int64, equal for equal images; pairs of equal images or captions count as positives.
-            return_loss: computes the losses of the configuration on this batch, whose pairs are (image i, caption i).
-            return_pairs: returns what the losses need, for a caller that gathers it from several processes.
+            image_ids: `(B,)` int64, equal for equal images. Pairs with equal images or equal captions are positives.
+            return_loss: computes the losses of this batch, in which image i belongs to caption i.
+            return_pairs: returns the inputs of the losses, for a caller that gathers them from several processes.
             interpolate_pos_encoding: see `MLIPVisionModel`.
             output_token_map: see `MLIPVisionModel`.
 
         Raises:
-            ValueError: if the losses are asked for, and there are not as many images as captions.
+            ValueError: with `return_loss` or `return_pairs`, if the numbers of images, captions and `image_ids` differ.
         """
         if return_loss or return_pairs:
             inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "image_ids": image_ids}
             counts = {name: values.shape[0] for name, values in inputs.items() if values is not None}
             if any(count != counts["pixel_values"] for count in counts.values()):
                 raise ValueError(
-                    f"The losses compare image i with caption i, and there are {counts}; repeat an image for each of "
-                    "its captions, and tell equal images by equal image_ids."
+                    f"The losses compare image i with caption i, but the batch sizes are {counts}; repeat an image for "
+                    "each of its captions, and mark equal images by equal image_ids."
                 )
-        # Step (1): both towers; in training, where image i belongs to caption i, captions guide ELIP
+        # Step (1): both towers; in training, caption i guides the merging of image i if merge_method is "elip"
         text_outputs: BaseModelOutputWithPooling = self.get_text_features(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -892,7 +1022,7 @@ class MLIPModel(MLIPPreTrainedModel):
         vision_outputs = self._spatial_features(
             pixel_values, text_embeds if guided else None, interpolate_pos_encoding, output_token_map, **kwargs
         )
-        # Step (2): instance-level embeddings, of each domain and joined, and their similarity
+        # Step (2): instance-level embeddings of each domain, their sum, and the similarities
         spatial_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
         frequency_embeds = embed_frequency(self.frequency_projection, vision_outputs)
         vision_outputs.pooler_output = join_embeds(
@@ -901,7 +1031,7 @@ class MLIPModel(MLIPPreTrainedModel):
         image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
         logits_per_text = text_embeds @ image_embeds.t().to(text_embeds.device)
         logits_per_text = logits_per_text * self.logit_scale.exp().to(text_embeds.device)
-        # Step (3): what the losses need, and the losses
+        # Step (3): the inputs of the losses, and the losses
         pairs, losses = None, {}
         if return_loss or return_pairs:
             caption_mask = self.caption_mask_of(input_ids, attention_mask)
@@ -930,11 +1060,19 @@ class MLIPModel(MLIPPreTrainedModel):
         )
 
     def compute_losses(self, pairs: PairEmbeddings, columns: PairColumns | None = None) -> dict[str, torch.Tensor]:
-        """`losses.multi_level_loss` with this model's temperatures and weights."""
+        """`losses.multi_level_loss` with the temperatures and loss weights of this model.
+
+        Args:
+            pairs: the pairs of this process, as `forward` returns them with `return_pairs=True`.
+            columns: the pairs of all processes; `None` if this process is the only one.
+
+        Returns:
+            Scalars by name: `spatial_loss`, `frequency_loss` and `token_loss` if configured, and `loss`.
+        """
         device = pairs.image_embeds.device
         return multi_level_loss(
-            pairs_on(device, pairs),
-            **{name: scale.to(device) for name, scale in self.logit_scales().items()},
+            to_device(pairs, device),
+            **to_device(self.scalar_parameters(), device),
             frequency_loss_weight=self.config.frequency_loss_weight,
             token_loss_weight=self.config.token_loss_weight,
             token_loss_group_size=self.config.token_loss_group_size,
@@ -942,7 +1080,7 @@ class MLIPModel(MLIPPreTrainedModel):
         )
 
     def caption_mask_of(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """`(T, L)` bool: True up to and including the first EOS, whatever padding follows."""
+        """`(T, L)` bool, True up to and including the first EOS token."""
         is_eos = input_ids == self.config.text_config.eos_token_id
         mask = is_eos.cumsum(dim=1) - is_eos.long() == 0
         return mask if attention_mask is None else mask & attention_mask.bool()
@@ -954,9 +1092,10 @@ class MLIPModel(MLIPPreTrainedModel):
         input_ids: torch.Tensor,
         caption_mask: torch.Tensor,
     ) -> TokenEmbeddings:
-        """Tokens of both sides in the shared space, normalised, and what each counts."""
-        patches = self.vision_model.post_layernorm(vision_outputs.last_hidden_state[:, 1:])
-        image_tokens = self.token_visual_projection(patches)  # (B, M, P)
+        """Normalised image and caption tokens in the shared space, with their weights and mask."""
+        num_prefix = self.config.vision_config.num_prefix_tokens
+        _, patches = split_prefix(vision_outputs.last_hidden_state, num_prefix)
+        image_tokens = self.token_visual_projection(self.vision_model.post_layernorm(patches))  # (B, M, P)
         if self.token_frequency_projection is not None:
             frequency_tokens = self.token_frequency_projection(vision_outputs.frequency_hidden_state)
             image_tokens = image_tokens + frequency_tokens.to(image_tokens.device)
@@ -971,7 +1110,7 @@ class MLIPModel(MLIPPreTrainedModel):
 
 
 class MLIPTextModelWithProjection(MLIPPreTrainedModel):
-    """The text tower with its projection."""
+    """The text tower and its projection into the shared space."""
 
     config: MLIPTextConfig
     base_model_prefix = "text_model"
@@ -1010,7 +1149,7 @@ class MLIPTextModelWithProjection(MLIPPreTrainedModel):
 
 
 class MLIPVisionModelWithProjection(MLIPPreTrainedModel):
-    """The vision tower with its projection."""
+    """The vision tower and its projections into the shared space."""
 
     config: MLIPVisionConfig
     base_model_prefix = "vision_model"
@@ -1059,7 +1198,7 @@ class MLIPVisionModelWithProjection(MLIPPreTrainedModel):
 
 
 class MLIPForImageClassification(MLIPPreTrainedModel):
-    """The vision tower with a linear classifier on the mean over patches, weighted by token size."""
+    """The vision tower and a linear classifier on the mean of the patch tokens, weighted by their sizes."""
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -1072,6 +1211,9 @@ class MLIPForImageClassification(MLIPPreTrainedModel):
         self.classifier = nn.Linear(size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.embeddings.patch_embedding
+
     @can_return_tuple
     def forward(
         self,
@@ -1079,20 +1221,23 @@ class MLIPForImageClassification(MLIPPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
-        """`pixel_values` `(B, 3, height, width)`, `labels` `(B,)` -> `logits` `(B, num_labels)` and the loss."""
+        """`pixel_values` `(B, 3, height, width)` -> `logits` `(B, num_labels)`, and the loss if `labels` `(B,)` are
+        given."""
         outputs: MLIPVisionOutput = self.vision_model(pixel_values, **kwargs)
-        logits = self.classifier(size_weighted_mean(outputs.last_hidden_state[:, 1:], outputs.token_sizes))
+        _, patches = split_prefix(outputs.last_hidden_state, self.config.vision_config.num_prefix_tokens)
+        logits = self.classifier(size_weighted_mean(patches, outputs.token_sizes))
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
-# Towers load from a whole model's checkpoint, whose names begin with the tower's; transformers knows this of CLIP only.
+# A tower loads from the checkpoint of a whole model, in which parameter names begin with the name of the tower. In
+# transformers this is registered for CLIP's towers only.
 for _class, _prefix in ((MLIPTextModel, "text_model"), (MLIPVisionModel, "vision_model")):
     register_checkpoint_conversion_mapping(_class.__name__, [PrefixChange(prefix_to_remove=_prefix)], overwrite=True)
 
-# What is saved carries the code, so that it loads where this package is not installed.
+# A saved model includes its code, so that it loads where this package is not installed.
 MLIPPreTrainedModel.register_for_auto_class("AutoModel")
 
 

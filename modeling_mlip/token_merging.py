@@ -1,11 +1,11 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Token merging as pure functions that know nothing of models: schedule, guide, matching, pruning, merge, unmerge.
+"""Token merging as pure functions: schedule, importance, matching, merging, and its inverse.
 
-A step is an `assignment` `(B, N)`: for each of N tokens the index of the one of M new tokens that it becomes part of.
-Whatever follows the tokens (hidden states, frequency features, importance, sizes) follows the same assignment.
-Matching is bipartite between alternate tokens, as in ToMe (Bolya et al. 2023, arXiv 2210.09461, section 3); similarity
-in two domains and the guide are MLIP's (arXiv 2406.01460), as this project reads it.
-Axes: B images, N tokens before a step, M after it, C channels. The class token never comes here.
+A merge is an `assignment` `(B, N)`: for each of N tokens, the index of the new token (0 to M - 1) that it becomes part
+of. The same assignment merges hidden states, frequency features, importance and sizes. Matching is bipartite between
+tokens at odd and even positions, as in ToMe (Bolya et al. 2023, arXiv 2210.09461, section 3). Similarity in two domains
+and the guidance by importance follow MLIP (arXiv 2406.01460); their details are decisions of this project, see
+`docs/method.md`. Axes: B images, N patch tokens before a merge, M after it, C channels.
 """
 
 from itertools import pairwise
@@ -14,40 +14,45 @@ import torch
 
 
 def merge_schedule(num_tokens: int, merge_ratio: float, num_stages: int) -> list[int]:
-    """Tokens removed at each stage, so that every stage keeps about the same share and the last meets the ratio.
+    """The number of tokens to remove at each stage. Every stage keeps about the same fraction of its tokens.
 
     Args:
-        num_tokens: patch tokens at the start.
-        merge_ratio: share of them that is gone at the end, `0 <= merge_ratio < 1`.
-        num_stages: how many stages there are.
+        num_tokens: number of patch tokens before the first stage.
+        merge_ratio: fraction of the tokens that all stages together remove, `0 <= merge_ratio < 1`.
+        num_stages: number of stages.
 
     Raises:
-        ValueError: if no token would be left.
+        ValueError: if `merge_ratio` leaves no tokens.
     """
     kept = [round(num_tokens * (1 - merge_ratio) ** (stage / num_stages)) for stage in range(num_stages + 1)]
     if kept[-1] < 1:
         raise ValueError(
-            f"merge_ratio={merge_ratio} leaves none of {num_tokens} patch tokens; "
+            f"merge_ratio={merge_ratio} leaves none of the {num_tokens} patch tokens; "
             f"choose at most {1 - 1 / num_tokens:.3f}, larger images or smaller patches."
         )
     return [before - after for before, after in pairwise(kept)]
 
 
 def z_score(scores: torch.Tensor) -> torch.Tensor:
-    """`(B, N)` scores in standard deviations from their mean over the tokens of each image."""
+    """`(B, N)` scores minus their mean over the tokens of each image, in standard deviations."""
     centred = scores - scores.mean(dim=-1, keepdim=True)
     return centred / (centred.square().mean(dim=-1, keepdim=True).sqrt() + 1e-6)
 
 
 def joint_similarity_features(*domains: torch.Tensor) -> torch.Tensor:
-    """`(B, N, C1 + C2 + ...)`: each part normalised, so that the dot product of two tokens is their mean cosine."""
-    return torch.cat([torch.nn.functional.normalize(part, dim=-1) for part in domains], dim=-1) / len(domains) ** 0.5
+    """Concatenates the features of several domains `(B, N, C1)`, `(B, N, C2)`, ..., each normalised.
+
+    Returns:
+        `(B, N, C1 + C2 + ...)`. The dot product of two tokens is the mean of their cosine similarities in each domain.
+    """
+    normalised = [torch.nn.functional.normalize(features, dim=-1) for features in domains]
+    return torch.cat(normalised, dim=-1) / len(domains) ** 0.5
 
 
 def places(scores: torch.Tensor) -> torch.Tensor:
-    """`(B, N)` scores -> `(B, N)` int64 places, 0 for the highest, ties by position.
+    """`(B, N)` scores -> `(B, N)` int64 ranks, 0 for the highest score; of equal scores the first comes first.
 
-    A place is the number of those ahead: ONNX has no stable sort.
+    The rank is computed by counting the scores ahead, because ONNX has no stable sort.
     """
     this, other = scores[:, :, None], scores[:, None, :]
     position = torch.arange(scores.shape[1], device=scores.device)
@@ -58,58 +63,58 @@ def places(scores: torch.Tensor) -> torch.Tensor:
 def match_tokens(
     features: torch.Tensor, importance: torch.Tensor | None, num_removed: int, max_share: float = 0.5
 ) -> torch.Tensor:
-    """Finds which tokens become one.
+    """Chooses the tokens to merge, in one or several rounds of bipartite matching.
 
-    Step (1): alternate tokens form two sets. Step (2): each of the first set proposes the token of the second that
-    resembles it most. Step (3): the proposals are ranked by similarity minus importance, ties by position, and the best
-    are carried out. More than `max_share` of the tokens go in several such rounds: in a round that takes half of them
-    every proposal is carried out, also that of a token that resembles no other.
+    Step (1): the tokens at odd positions are sources, those at even positions are targets. Step (2): each source is
+    paired with its most similar target. Step (3): the pairs are ranked by similarity minus the importance of the
+    source, and the pairs with the highest rank merge. A round that removes half of the tokens merges every pair, even a
+    source without a similar target; `max_share` limits each round, so that a larger number takes several rounds.
 
     Args:
-        features: `(B, N, C)`, whose dot products are similarities.
-        importance: `(B, N)` in units of similarity; important tokens go later. `None`: no guide.
-        num_removed: how many tokens to remove, fewer than N.
-        max_share: share of the tokens that one round removes at most, up to a half.
+        features: `(B, N, C)`; dot products are similarities.
+        importance: `(B, N)`, in units of similarity; more important tokens merge later. `None`: similarity only.
+        num_removed: number of tokens to remove, less than N.
+        max_share: maximum fraction of tokens removed per round, at most 0.5.
 
     Returns:
-        assignment `(B, N)`, values 0 to N - num_removed - 1; new tokens keep the order of the old.
+        The assignment `(B, N)` with values 0 to N - num_removed - 1. New tokens keep the order of their targets.
     """
-    num_here = min(num_removed, max(int(features.shape[1] * max_share), 1))
-    assignment = _match_once(features, importance, num_here)
-    if num_here == num_removed:
+    num_removed_now = min(num_removed, max(int(features.shape[1] * max_share), 1))
+    assignment = _match_once(features, importance, num_removed_now)
+    if num_removed_now == num_removed:
         return assignment
-    num_left = features.shape[1] - num_here
+    num_left = features.shape[1] - num_removed_now
     matrix = merge_matrix(assignment, torch.ones_like(features[..., 0]), num_left)
     features = merge_tokens(features, matrix)
     if importance is not None:
         importance = merge_tokens(importance[..., None], matrix)[..., 0]
-    return compose(assignment, match_tokens(features, importance, num_removed - num_here, max_share))
+    return compose(assignment, match_tokens(features, importance, num_removed - num_removed_now, max_share))
 
 
 def _match_once(features: torch.Tensor, importance: torch.Tensor | None, num_removed: int) -> torch.Tensor:
     B, N, _ = features.shape
-    # Step (1): the proposers stand at odd positions, so that at N = 2k + 1 tokens k of them can go.
-    proposers, targets = features[:, 1::2], features[:, 0::2]  # (B, N//2, C), (B, N - N//2, C)
+    # Step (1)
+    sources, targets = features[:, 1::2], features[:, 0::2]  # (B, N//2, C), (B, N - N//2, C)
     # Step (2)
-    similarity, partner = (proposers @ targets.transpose(1, 2)).max(dim=-1)  # (B, N//2) each
+    similarity, partner = (sources @ targets.transpose(1, 2)).max(dim=-1)  # (B, N//2) each
     # Step (3)
     place = places(similarity if importance is None else similarity - importance[:, 1::2])  # (B, N//2)
     position = torch.arange(N, device=features.device)
-    target = torch.where(place < num_removed, 2 * partner, position[1::2])  # (B, N//2): who absorbs each proposer
-    target = position.expand(B, N).scatter(1, position[1::2].expand(B, -1), target)  # (B, N): who absorbs each token
-    new_index = (target == position).long().cumsum(dim=1) - 1  # survivors counted in order
+    target = torch.where(place < num_removed, 2 * partner, position[1::2])  # (B, N//2): a kept source is its own target
+    target = position.expand(B, N).scatter(1, position[1::2].expand(B, -1), target)  # (B, N), for all tokens
+    new_index = (target == position).long().cumsum(dim=1) - 1  # numbers the kept tokens in order
     return new_index.gather(1, target)
 
 
 def fuse_least_important(importance: torch.Tensor, num_removed: int) -> torch.Tensor:
-    """Keeps the most important tokens and makes one of all others (ELIP, Guo et al. 2023, arXiv 2309.16738).
+    """Keeps the most important tokens and fuses all others into one (ELIP, Guo et al. 2023, arXiv 2309.16738).
 
     Args:
-        importance: `(B, N)`, ties by position.
-        num_removed: how many tokens to remove, fewer than N.
+        importance: `(B, N)`; of equally important tokens the first is kept.
+        num_removed: number of tokens to remove, less than N.
 
     Returns:
-        assignment `(B, N)`: tokens that stay keep their order, and the last new one is the fused one.
+        The assignment `(B, N)`. Kept tokens stay in order, and the fused token is the last one.
     """
     num_new = importance.shape[1] - num_removed
     stays = places(importance) < num_new - 1
@@ -117,25 +122,25 @@ def fuse_least_important(importance: torch.Tensor, num_removed: int) -> torch.Te
 
 
 def compose(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The assignment `(B, N)` of doing `first` `(B, N)` and then `second` `(B, M)`."""
+    """The assignment `(B, N)` of the merge `first` `(B, N)` followed by the merge `second` `(B, M)`."""
     return second.gather(1, first)
 
 
 def assignment_matrix(assignment: torch.Tensor, num_new: int, dtype: torch.dtype) -> torch.Tensor:
-    """`(B, M, N)` of zeros and ones: which old tokens each new one is made of."""
+    """`(B, M, N)` of zeros and ones: entry (m, n) is 1 if old token n becomes part of new token m."""
     new_tokens = torch.arange(num_new, device=assignment.device)[None, :, None]
     return (assignment[:, None, :] == new_tokens).to(dtype)
 
 
 def merge_matrix(assignment: torch.Tensor, weights: torch.Tensor, num_new: int) -> torch.Tensor:
-    """What each old token counts in each new one, computed once for all that follows the tokens.
+    """The weight of each old token in each new token.
 
-    A product with this small matrix is deterministic on every device (adding at indices is not on a GPU), exports, and
-    leaves a token that merges with no other as it is, to the bit, in half precision too.
+    Multiplying by this small matrix is deterministic on every device (index addition is not, on a GPU), can be
+    exported, and leaves an unmerged token unchanged to the bit, also in half precision.
 
     Args:
         assignment: `(B, N)`, values below `num_new`.
-        weights: `(B, N)`, positive: the sizes before the step, or attention.
+        weights: `(B, N)`, positive: the sizes before the merge, or attention.
         num_new: M.
 
     Returns:
@@ -147,24 +152,28 @@ def merge_matrix(assignment: torch.Tensor, weights: torch.Tensor, num_new: int) 
 
 
 def merge_tokens(tokens: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Weighted means of the tokens that become one: `(B, N, C)` -> `(B, M, C)` in the dtype of `tokens`, by the matrix
-    of `merge_matrix`."""
+    """Weighted means of merged tokens: `(B, N, C)` -> `(B, M, C)` in the dtype of `tokens`.
+
+    Args:
+        tokens: `(B, N, C)`.
+        matrix: `(B, M, N)`, from `merge_matrix`.
+    """
     return matrix.to(tokens.dtype) @ tokens
 
 
 def merge_sizes(sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
-    """Sizes `(B, N)` -> `(B, M)`: how many patches each of the `num_new` tokens stands for."""
+    """Sizes `(B, N)` -> `(B, M)`: the number of patches that each new token replaces."""
     return (assignment_matrix(assignment, num_new, sizes.dtype) @ sizes[..., None])[..., 0]
 
 
 def unmerge(tokens: torch.Tensor, token_map: torch.Tensor) -> torch.Tensor:
-    """Gives every patch the features of the token that it became part of.
+    """Copies the features of each token to the patches that became part of it.
 
     Args:
         tokens: `(B, M, C)`.
-        token_map: `(B, N)`, patch -> token, as the vision tower returns it on request.
+        token_map: `(B, N)`, the token of each patch, as the vision tower returns it with `output_token_map=True`.
 
     Returns:
-        `(B, N, C)`, patches row by row: `.unflatten(1, (H, W))` is the patch grid.
+        `(B, N, C)`, patches row by row: `.unflatten(1, (H, W))` gives the patch grid.
     """
     return tokens.gather(1, token_map[..., None].expand(-1, -1, tokens.shape[-1]))

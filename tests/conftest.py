@@ -78,4 +78,6 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 # At the end: it takes the above from here.
+from data_cases import empty_cache, tokenizer, transform  # noqa: E402, F401
 from evaluation_cases import files, sources, splits  # noqa: E402, F401
+from train_command_cases import drawn, trained  # noqa: E402, F401

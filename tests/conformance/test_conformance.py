@@ -199,6 +199,9 @@ class MLIPVision(VisionTests, unittest.TestCase):
 
 class MLIPPair(PairTests, unittest.TestCase):
     family = MLIP
+    # CLIPModel of transformers has no `get_input_embeddings`.
+    test_resize_embeddings = True
+    test_model_get_set_embeddings = ModelTesterMixin.test_model_get_set_embeddings
 
 
 class MLIPClassification(ClassificationTests, unittest.TestCase):

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""MLIP among its neighbours: compilers, exporters, accelerate, PEFT, pipelines, attention backends, CLIP_benchmark."""
+"""MLIP with other software: compilers, exporters, accelerate, PEFT, pipelines, attention backends, CLIP_benchmark."""
 
 import shutil
 
@@ -20,7 +20,7 @@ CAPTIONS = ["a red circle", "a blue square", "a green star"]
 
 
 def tiny_model() -> MLIPModel:
-    """One merge between two layers, and an open gate: the least that has everything."""
+    """A small model with every part: one merging layer and a gate that is not zero."""
     vision = {"merge_ratio": 0.5, "num_hidden_layers": 2, "frequency_layers": 1}
     return open_gate(small_model(vision=vision, text={"num_hidden_layers": 1}))
 
@@ -58,7 +58,7 @@ def image() -> Image.Image:
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_whole_and_once_for_all_batches(backend):
+def test_the_model_compiles_as_one_graph_and_once_for_all_batches(backend):
     if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("inductor needs a C++ compiler")
     torch._dynamo.reset()
@@ -77,7 +77,7 @@ def test_compiles_whole_and_once_for_all_batches(backend):
 
 
 @torch.no_grad()
-def test_exports_to_torch_and_onnx_with_any_batch_size(tmp_path):
+def test_torch_and_onnx_exports_work_with_any_batch_size(tmp_path):
     import onnxruntime
 
     module = ThreeOutputs(tiny_model()).eval()
@@ -100,7 +100,7 @@ def test_exports_to_torch_and_onnx_with_any_batch_size(tmp_path):
 
 
 @torch.no_grad()
-def test_layers_stay_whole_when_a_model_is_spread(folder, batch, tmp_path):
+def test_a_device_map_splits_no_layer(folder, batch, tmp_path):
     model = MLIPModel.from_pretrained(folder).eval()
     expected = model(**batch).logits_per_image
     placed = MLIPModel.from_pretrained(folder, device_map="auto").eval()
@@ -116,7 +116,7 @@ def test_layers_stay_whole_when_a_model_is_spread(folder, batch, tmp_path):
     torch.testing.assert_close(spread(**batch).logits_per_image, expected, rtol=0, atol=1e-6)
 
 
-def test_lora_on_the_attention_projections_comes_back(folder, batch, tmp_path):
+def test_lora_on_the_attention_projections_is_saved_and_loaded(folder, batch, tmp_path):
     import peft
 
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -139,10 +139,10 @@ def test_lora_on_the_attention_projections_comes_back(folder, batch, tmp_path):
 
 def test_zero_shot_image_classification(folder, image):
     classify = pipeline("zero-shot-image-classification", model=folder)
-    found = classify([image, image], candidate_labels=["circle", "square"])
-    assert sorted(row["label"] for row in found[0]) == ["circle", "square"]
-    assert sum(row["score"] for row in found[0]) == pytest.approx(1, abs=1e-5)
-    assert found[0] == found[1]
+    outputs = classify([image, image], candidate_labels=["circle", "square"])
+    assert sorted(row["label"] for row in outputs[0]) == ["circle", "square"]
+    assert sum(row["score"] for row in outputs[0]) == pytest.approx(1, abs=1e-5)
+    assert outputs[0] == outputs[1]
 
 
 def test_image_feature_extraction(folder, image):
@@ -156,16 +156,16 @@ def test_image_classification(folder, image):
     torch.manual_seed(0)
     model = MLIPForImageClassification(small_config(vision={"merge_ratio": 0.5}, num_labels=3)).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
-    found = pipeline("image-classification", model=model, image_processor=processor)([image] * 3, batch_size=2)
-    assert [len(rows) for rows in found] == [3, 3, 3]
-    assert {row["label"] for row in found[0]} == {"LABEL_0", "LABEL_1", "LABEL_2"}
+    outputs = pipeline("image-classification", model=model, image_processor=processor)([image] * 3, batch_size=2)
+    assert [len(rows) for rows in outputs] == [3, 3, 3]
+    assert {row["label"] for row in outputs[0]} == {"LABEL_0", "LABEL_1", "LABEL_2"}
 
 
 # Attention backends
 
 
 @pytest.mark.parametrize("backend", ["flash_attention_2", "flex_attention"])
-def test_a_backend_that_cannot_carry_sizes_says_so(batch, backend):
+def test_attention_backends_without_a_mask_are_refused_with_merging(batch, backend):
     model = small_model(vision={"merge_ratio": 0.5})
     encoder = model.vision_model.encoder
     encoder.config._attn_implementation_internal = backend  # as if installed
@@ -177,7 +177,7 @@ def test_a_backend_that_cannot_carry_sizes_says_so(batch, backend):
 
 
 @torch.no_grad()
-def test_clip_benchmark_takes_a_folder_at_a_merge_ratio(folder, image):
+def test_clip_benchmark_loads_a_folder_at_a_merge_ratio(folder, image):
     model, transform, tokenizer = load_mlip(folder, "0.25")
     assert model.model.config.merge_ratio == 0.25
     assert model.encode_image(transform(image)[None]).shape == (1, 24)
@@ -191,7 +191,7 @@ def test_clip_benchmark_takes_a_folder_at_a_merge_ratio(folder, image):
 
 
 @pytest.mark.parametrize("merge_ratio", [0, 0.5])
-def test_a_classifier_fine_tunes_alike_however_its_batch_is_accumulated(tmp_path, merge_ratio):
+def test_a_classifier_has_the_same_gradient_norm_with_accumulated_batches(tmp_path, merge_ratio):
     pixels = pairs_batch(num_pairs=8)["pixel_values"]
     rows = [{"pixel_values": image, "labels": number % 3} for number, image in enumerate(pixels)]
     norms = []

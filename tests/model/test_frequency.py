@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""frequency.py against a discrete Fourier transform written out in float64."""
+"""frequency.py against a discrete Fourier transform in float64 by matrix products."""
 
 import math
 
@@ -22,7 +22,7 @@ def random_filter(height: int, width: int, channels: int, dtype: torch.dtype = t
 
 
 def dft(grid: torch.Tensor, sign: int) -> torch.Tensor:
-    """Unitary two-dimensional DFT of `(B, H, W, C)` by two matrix products."""
+    """The unitary two-dimensional DFT of `(B, H, W, C)` by two matrix products."""
 
     def matrix(size: int) -> torch.Tensor:
         angle = sign * 2 * math.pi / size * torch.outer(torch.arange(size), torch.arange(size)).double()
@@ -61,7 +61,7 @@ def test_filter_equals_a_float64_dft(grid):
     torch.testing.assert_close(ours, theirs.real, rtol=0, atol=1e-10)
 
 
-def test_filter_reaches_every_patch_from_every_patch():
+def test_every_filtered_patch_depends_on_every_patch():
     patches = torch.zeros(1, 6, 6, 2, dtype=torch.float64, requires_grad=True)
     filtered = apply_spectral_filter(patches, random_filter(6, 6, 2))
     (gradient,) = torch.autograd.grad(filtered[0, 0, 0, 0], patches)
@@ -69,7 +69,7 @@ def test_filter_reaches_every_patch_from_every_patch():
     assert (gradient[0, :, :, 1].abs() < 1e-12).all()  # one filter per channel
 
 
-def test_gradients_of_the_filter():
+def test_gradients_of_the_filter_equal_finite_differences():
     patches = torch.randn(1, 4, 3, 2, dtype=torch.float64, requires_grad=True)
     spectral_filter = random_filter(4, 3, 2).requires_grad_()
     assert torch.autograd.gradcheck(apply_spectral_filter, (patches, spectral_filter))
@@ -101,7 +101,7 @@ def test_resizing_keeps_a_smooth_filter(size):
     torch.testing.assert_close(resized, smooth(*size), rtol=0, atol=1e-6)
 
 
-def test_resized_low_frequency_stays_at_the_lowest():
+def test_resizing_keeps_frequency_0_at_index_0():
     spectral_filter = torch.zeros(*half_spectrum_shape(6, 6), 1, 2)
     spectral_filter[0, 0, 0, 0] = 1  # the mean alone passes
     resized = resize_spectral_filter(spectral_filter, (9, 9), width=6)
@@ -110,19 +110,19 @@ def test_resized_low_frequency_stays_at_the_lowest():
 
 
 @pytest.mark.parametrize("patch_size", [4, 5])
-def test_log_amplitude_is_that_of_a_written_out_transform(patch_size):
+def test_log_amplitude_equals_a_float64_dft_of_each_patch(patch_size):
     pixels = torch.randn(2, 3, 2 * patch_size, 3 * patch_size, dtype=torch.float64)
-    found = log_amplitude(pixels, patch_size).unflatten(1, (2, 3)).unflatten(3, (3, patch_size, -1))
+    outputs = log_amplitude(pixels, patch_size).unflatten(1, (2, 3)).unflatten(3, (3, patch_size, -1))
     for row in range(2):
         for column in range(3):
             rows = slice(row * patch_size, (row + 1) * patch_size)
             columns = slice(column * patch_size, (column + 1) * patch_size)
             spectrum = dft(pixels[:, :, rows, columns].permute(0, 2, 3, 1), sign=-1).permute(0, 3, 1, 2)
             expected = (spectrum.abs().square() + POWER_FLOOR).sqrt().log()[..., : patch_size // 2 + 1]
-            torch.testing.assert_close(found[:, row, column], expected, rtol=0, atol=1e-10)
+            torch.testing.assert_close(outputs[:, row, column], expected, rtol=0, atol=1e-10)
 
 
-def test_log_amplitude_does_not_tell_where_stripes_begin():
+def test_log_amplitude_does_not_depend_on_the_phase_of_stripes():
     position = torch.arange(16).double()
     stripes = torch.stack([torch.cos(math.pi / 4 * (position + shift)) for shift in range(8)])  # a period of 8 pixels
     images = stripes[:, None, None, :].expand(8, 3, 16, 16)
@@ -134,6 +134,6 @@ def test_log_amplitude_does_not_tell_where_stripes_begin():
 
 def test_log_amplitude_of_half_precision_is_computed_in_float32():
     pixels = torch.randn(2, 3, 16, 16).bfloat16()
-    found = log_amplitude(pixels, 8)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, log_amplitude(pixels.float(), 8).bfloat16(), rtol=0, atol=0)
+    outputs = log_amplitude(pixels, 8)
+    assert outputs.dtype == torch.bfloat16
+    torch.testing.assert_close(outputs, log_amplitude(pixels.float(), 8).bfloat16(), rtol=0, atol=0)

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""losses.py against formulas written out pair by pair, and against transformers' CLIP."""
+"""losses.py against loops over pairs, and against the loss of transformers' CLIP."""
 
 import math
 
@@ -18,6 +18,7 @@ from modeling_mlip.losses import (
     multi_level_loss,
     positive_targets,
     temperature,
+    to_device,
     token_loss,
     token_scores,
 )
@@ -28,7 +29,7 @@ def unit(*shape: int) -> torch.Tensor:
 
 
 def tokens_of(I: int, M: int, T: int, L: int, P: int = 6) -> tuple[torch.Tensor, ...]:
-    """Random tokens; caption i counts its first 1 + i % L tokens."""
+    """Random tokens; the mask of caption i holds its first 1 + i % L tokens."""
     weights = torch.rand(I, M, dtype=torch.float64)
     mask = torch.arange(L)[None] <= (torch.arange(T) % L)[:, None]
     return unit(I, M, P), weights / weights.sum(dim=1, keepdim=True), unit(T, L, P), mask
@@ -43,6 +44,21 @@ def scores_by_loop(image_tokens, image_weights, text_tokens, text_mask):
             by_image[i, j] = (image_weights[i] * similarity.max(dim=1).values).sum()
             by_text[i, j] = similarity.max(dim=0).values.mean()
     return by_image, by_text
+
+
+def test_every_tensor_of_a_nested_structure_moves_and_types_stay():
+    tensor = torch.ones(2)
+    tokens = TokenEmbeddings(tensor, tensor, tensor, tensor > 0)
+    pairs = PairEmbeddings(tensor, tensor, tensor.long(), image_keys=None, tokens=tokens)
+    structure = {"pairs": pairs, "rows": [tensor, (tensor, None)], "count": 3}
+    moved = to_device(structure, torch.device("meta"))
+    assert type(moved["pairs"]) is PairEmbeddings and type(moved["pairs"].tokens) is TokenEmbeddings
+    assert type(moved["rows"]) is list and type(moved["rows"][1]) is tuple
+    assert moved["count"] == 3 and moved["pairs"].image_keys is None and moved["rows"][1][1] is None
+    tensors = [x for x in (*moved["pairs"], *moved["pairs"].tokens, moved["rows"][0], moved["rows"][1][0])]
+    tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 9 and all(x.device.type == "meta" for x in tensors)
+    assert tensor.device.type == "cpu"
 
 
 def test_distinct_pairs_give_the_loss_of_clip():
@@ -62,13 +78,13 @@ def test_equal_captions_and_equal_images_are_positives():
     torch.testing.assert_close(targets, torch.tensor(expected))
 
 
-def test_a_duplicate_is_not_pushed_away():
+def test_an_equal_caption_has_no_gradient_as_a_negative():
     keys = [torch.tensor([0, 0, 1])]
-    both_found = torch.tensor([[9.0, 9.0, -99.0], [9.0, 9.0, -99.0], [-99.0, -99.0, 9.0]], requires_grad=True)
-    (soft,) = torch.autograd.grad(info_nce(both_found, positive_targets(keys, keys)), both_found)
-    (hard,) = torch.autograd.grad(info_nce(both_found, torch.eye(3)), both_found)
+    confident = torch.tensor([[9.0, 9.0, -99.0], [9.0, 9.0, -99.0], [-99.0, -99.0, 9.0]], requires_grad=True)
+    (soft,) = torch.autograd.grad(info_nce(confident, positive_targets(keys, keys)), confident)
+    (hard,) = torch.autograd.grad(info_nce(confident, torch.eye(3)), confident)
     assert soft.abs().max() < 1e-6
-    assert hard[0, 1] > 0.1  # without soft targets, the equal caption would be pushed away
+    assert hard[0, 1] > 0.1  # with hard targets, the equal caption is a negative
 
 
 def test_soft_targets_are_a_cross_entropy():
@@ -91,14 +107,14 @@ def test_temperature_is_clamped_at_100():
 
 
 @pytest.mark.parametrize("start", [MAX_LOGIT_SCALE, 4.7])
-def test_a_scale_at_its_cap_still_has_the_gradient_to_come_back_by(start):
-    """Where OpenCLIP's checkpoints stand, and where the trainer puts one that went beyond."""
+def test_a_clamped_scale_still_has_a_gradient(start):
+    """OpenCLIP's checkpoints have a scale at the maximum, and the trainer clamps scales to it."""
     scale = torch.tensor(start, requires_grad=True)
     temperature(scale).backward()
     assert scale.grad.item() == pytest.approx(100)  # d exp(s) / ds at the cap
 
 
-def test_caption_keys_ignore_padding_and_tell_captions_apart():
+def test_caption_keys_ignore_padding_and_differ_between_captions():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 50, (2000, 6), generator=generator)
     keys = caption_keys(ids, torch.ones(2000, 6, dtype=torch.bool))
@@ -117,7 +133,7 @@ def test_token_scores_equal_a_loop_over_pairs():
 
 
 @pytest.mark.parametrize("max_block_elements", [1, 50, 200, 419])
-def test_chunked_token_scores_equal_the_plain_ones_with_gradients(max_block_elements):
+def test_token_scores_in_blocks_equal_plain_ones_with_gradients(max_block_elements):
     torch.manual_seed(0)
     image_tokens, image_weights, text_tokens, mask = tokens_of(I=5, M=4, T=7, L=3)
     results = []
@@ -131,7 +147,7 @@ def test_chunked_token_scores_equal_the_plain_ones_with_gradients(max_block_elem
 
 
 @pytest.mark.parametrize("max_block_elements", [30, 10**9])
-def test_gradients_of_the_token_loss(max_block_elements):
+def test_gradients_of_the_token_loss_equal_finite_differences(max_block_elements):
     torch.manual_seed(0)
     image_tokens, image_weights, text_tokens, mask = tokens_of(I=3, M=4, T=3, L=3, P=4)
     targets = torch.eye(3, dtype=torch.float64)
@@ -144,7 +160,7 @@ def test_gradients_of_the_token_loss(max_block_elements):
     assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in inputs])
 
 
-def test_tokens_that_do_not_count_change_nothing():
+def test_masked_tokens_change_no_score():
     torch.manual_seed(0)
     image_tokens, image_weights, text_tokens, mask = tokens_of(I=3, M=4, T=3, L=3)
     before = token_scores(image_tokens, image_weights, text_tokens, mask)
@@ -154,7 +170,7 @@ def test_tokens_that_do_not_count_change_nothing():
         assert torch.equal(a, b)
 
 
-def test_a_merged_token_counts_for_the_patches_that_it_replaces():
+def test_a_merged_token_has_the_weight_of_the_patches_that_it_replaces():
     torch.manual_seed(0)
     patches, _, text_tokens, mask = tokens_of(I=2, M=6, T=3, L=4)
     patches[:, 3:] = patches[:, :1]  # four equal patches
@@ -206,10 +222,10 @@ def test_a_grouped_token_loss_is_the_mean_of_the_losses_of_its_groups():
         targets = positive_targets([keys[0][part]], [keys[0][part]])
         scores = token_scores(image_tokens[part], weights[part], text_tokens[part], mask[part])
         expected = expected + token_loss(*scores, scale, targets) * (end - start) / 11
-    found = grouped_token_loss(tokens, keys, scale, 4)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    gradients = [torch.autograd.grad(loss, image_tokens, retain_graph=True)[0] for loss in (found, expected)]
+    outputs = grouped_token_loss(tokens, keys, scale, 4)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, image_tokens, retain_graph=True)[0] for loss in (outputs, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
     whole = token_loss(*token_scores(*tokens), scale, positive_targets(keys, keys))
     torch.testing.assert_close(grouped_token_loss(tokens, keys, scale, None), whole, rtol=0, atol=1e-12)
-    assert abs(float(found - whole)) > 1e-3
+    assert abs(float(outputs - whole)) > 1e-3

@@ -37,7 +37,7 @@ def merge_by_loop(tokens: torch.Tensor, sizes: torch.Tensor, assignment: torch.T
 @pytest.mark.parametrize("num_tokens", [1, 2, 16, 49, 64, 196, 257])
 @pytest.mark.parametrize("merge_ratio", [0, 0.1, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("num_stages", [1, 3, 12])
-def test_schedule_meets_the_ratio(num_tokens, merge_ratio, num_stages):
+def test_the_schedule_removes_the_configured_fraction(num_tokens, merge_ratio, num_stages):
     if round(num_tokens * (1 - merge_ratio)) < 1:
         with pytest.raises(ValueError, match="leaves none"):
             merge_schedule(num_tokens, merge_ratio, num_stages)
@@ -48,14 +48,14 @@ def test_schedule_meets_the_ratio(num_tokens, merge_ratio, num_stages):
     assert num_tokens - sum(removed) == round(num_tokens * (1 - merge_ratio))
 
 
-def test_schedule_without_merging_removes_nothing():
+def test_the_schedule_at_ratio_0_removes_nothing():
     assert merge_schedule(196, 0, 3) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("num_tokens, num_removed", [(8, 1), (8, 4), (9, 4), (9, 8), (16, 11), (2, 1)])
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("max_share", [0.5, 0.25, 0.01])
-def test_every_token_becomes_part_of_exactly_one(num_tokens, num_removed, guided, max_share):
+def test_every_token_becomes_part_of_exactly_one_new_token(num_tokens, num_removed, guided, max_share):
     torch.manual_seed(0)
     features = joint_similarity_features(torch.randn(3, num_tokens, 5))
     importance = torch.randn(3, num_tokens) if guided else None
@@ -67,7 +67,7 @@ def test_every_token_becomes_part_of_exactly_one(num_tokens, num_removed, guided
         assert row.unique().tolist() == list(range(num_new))  # no new token is empty
 
 
-def test_the_most_similar_pair_goes_first():
+def test_the_most_similar_pair_merges_first():
     torch.manual_seed(0)
     tokens = torch.randn(1, 8, 64)
     tokens[0, 5] = tokens[0, 2] * 3 + 0.01  # the direction counts, not the length
@@ -84,8 +84,8 @@ def test_importance_decides_between_equally_similar_pairs():
     assert merged == [1, 2]
 
 
-def test_in_rounds_a_token_that_resembles_none_stays():
-    """Six equal tokens and two that resemble nothing: at half in one round one of these has to go."""
+def test_several_rounds_keep_a_token_without_a_similar_one():
+    """Of six equal tokens and two different ones, a single round that removes half merges a different one."""
     tokens = torch.eye(8)[[0, 0, 0, 0, 0, 0, 1, 2]][None]
     forced = match_tokens(tokens, None, 4, max_share=0.5)
     in_rounds = match_tokens(tokens, None, 4, max_share=0.25)
@@ -94,7 +94,7 @@ def test_in_rounds_a_token_that_resembles_none_stays():
         assert (in_rounds[0] == in_rounds[0, token]).sum() == 1
 
 
-def test_ties_go_by_position():
+def test_of_equal_pairs_the_first_merge():
     assignment = match_tokens(torch.ones(2, 10, 3), None, 2)
     assert assignment.tolist() == [[0, 0, 1, 0, 2, 3, 4, 5, 6, 7]] * 2
 
@@ -108,14 +108,14 @@ def test_matching_of_an_image_does_not_depend_on_the_others():
     assert torch.equal(together, alone)
 
 
-def test_both_domains_count_equally():
+def test_both_domains_have_equal_weight_in_the_similarity():
     spatial, frequency = torch.randn(1, 5, 7) * 100, torch.randn(1, 5, 3) * 0.01
     features = joint_similarity_features(spatial, frequency)
     cosines = [torch.nn.functional.cosine_similarity(x[:, :, None], x[:, None], dim=-1) for x in (spatial, frequency)]
     torch.testing.assert_close(features @ features.transpose(1, 2), (cosines[0] + cosines[1]) / 2, rtol=0, atol=1e-6)
 
 
-def test_z_score_has_mean_0_and_deviation_1_and_survives_a_constant():
+def test_z_score_has_mean_0_and_deviation_1_and_is_0_for_constants():
     scores = z_score(torch.randn(3, 50) * 7 + 3)
     torch.testing.assert_close(scores.mean(dim=1), torch.zeros(3), rtol=0, atol=1e-5)
     torch.testing.assert_close(scores.square().mean(dim=1), torch.ones(3), rtol=1e-4, atol=0)
@@ -130,7 +130,7 @@ def test_places_are_those_of_a_stable_sort():
 
 
 @pytest.mark.parametrize("num_removed", [1, 4, 8])
-def test_the_most_important_stay_and_the_rest_becomes_one(num_removed):
+def test_the_most_important_tokens_are_kept_and_all_others_fused(num_removed):
     torch.manual_seed(0)
     importance = torch.rand(4, 9)
     assignment = fuse_least_important(importance, num_removed)
@@ -152,7 +152,7 @@ def test_merging_is_the_size_weighted_mean_and_conserves_size():
     torch.testing.assert_close(total, (tokens * sizes[..., None]).sum(dim=1), rtol=0, atol=1e-12)
 
 
-def test_gradients_reach_every_token_through_a_merge():
+def test_gradients_of_a_merge_equal_finite_differences():
     tokens = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     sizes, assignment = torch.ones(2, 6, dtype=torch.float64), torch.tensor([[0, 0, 1, 0, 2, 1], [0, 1, 1, 1, 1, 2]])
     assert torch.autograd.gradcheck(lambda tokens: merge(tokens, sizes, assignment, 3), tokens)
