@@ -2,6 +2,7 @@
 """Training and evaluation: `MLIPTrainer` and what `mlip train` and `mlip evaluate` are made of."""
 
 from .arguments import MLIPTrainingArguments
+from .objective import ModelLosses, Objective, ObjectivePart
 from .trainer import MLIPTrainer
 
-__all__ = ["MLIPTrainer", "MLIPTrainingArguments"]
+__all__ = ["MLIPTrainer", "MLIPTrainingArguments", "ModelLosses", "Objective", "ObjectivePart"]

@@ -1,10 +1,10 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Runs that may end at any moment: checkpoints that are whole or not there, and streams that go on where they stood.
+"""A Trainer whose runs can be interrupted at any moment and resumed to the same result.
 
-`InterruptibleTrainer` is transformers' Trainer but for this. A checkpoint is written into `_unfinished` and renamed
-once every process has written its part, so `checkpoint-N` is whole whenever it exists, and an older one goes only after
-it. A run that was killed and resumed ends with the weights of one that was not, to the bit where the device computes
-reproducibly.
+A checkpoint is written to the folder `_unfinished` and renamed once every process has written its part. So a folder
+`checkpoint-N` is complete whenever it exists, and an older one is removed only after that. A run that was killed and
+resumed ends with the weights of an undisturbed run, bit for bit where the device is deterministic. Streams continue at
+the row where they stopped.
 """
 
 import json
@@ -15,99 +15,145 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.data_loader import prepare_data_loader
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from modeling_mlip.data.items import StreamedPairDataset
 from modeling_mlip.data.skip_budget import SkipBudget
 
+from .objective import Objective
 from .step_guard import StepGuard
+from .training_log import TrainingLog
 
-UNFINISHED = "_unfinished"  # names that begin with _ are not pushed
-DATA_STATE = "data_state_{}.json"  # of each process
-# What a run needs to go on -> the names under which Trainer alone, FSDP's shards and DeepSpeed have it.
+UNFINISHED = "_unfinished"  # Trainer does not push names that begin with _
+DATA_STATE = "data_state_{}.json"  # one file per process
+OBJECTIVE_STATE = "objective.pt"
+# What a run needs to resume, and the file names it has under Trainer alone, FSDP's shards and DeepSpeed.
 NEEDED = {
     "trainer_state.json": ("trainer_state.json",),
     "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
+    "optimizer": ("optimizer*", "global_step*"),
     "random states": ("rng_state*",),
 }
-WRITE_ERRORS = ("PytorchStreamWriter", "iostream error")  # what torch says in a RuntimeError when a write fails
+WRITE_ERRORS = ("PytorchStreamWriter", "iostream error")  # in the RuntimeError that torch raises if a write fails
+
+
+class ResumeCallback(TrainerCallback):
+    """Restores what Trainer does not, and passes the epoch to the data set."""
+
+    def __init__(self, trainer: "InterruptibleTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.restore_state()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate sets the epoch of the sampler, but not always that of the data set: not with several processes, and
+        # not where batches are skipped.
+        set_epoch(self.trainer.train_dataset, int(state.epoch or 0))
 
 
 class InterruptibleTrainer(Trainer):
-    """A Trainer whose checkpoints are whole, and from which streams and counts of what was skipped go on.
+    """A Trainer with complete checkpoints, from which streams, counts and the objective's state continue too.
 
     Raises:
-        OSError: where a checkpoint or the model cannot be written, say to a full disk; the last checkpoint stays.
-        ValueError: to resume from a folder that is no whole checkpoint, or a stream with another number of processes or
-            workers or another batch size.
+        OSError: if a checkpoint or the model cannot be written, for example to a full disk; the last checkpoint stays.
+        ValueError: if `resume_from_checkpoint` is not a complete checkpoint, or a stream is resumed with another number
+            of processes or workers or another batch size.
     """
 
     skip_budget: SkipBudget | None
     guard: StepGuard
-    num_truncated: int
-    _aside: str | None = None  # the folder that a checkpoint is being written into
+    training_log: TrainingLog
+    training_objective: Objective
+    objective_optimizer: torch.optim.Optimizer | None
+    _is_writing_checkpoint = False
+    _resumed_from: str | None = None
     _stream: StreamedPairDataset | None = None
     _num_workers = 0
-    _positions: dict[int, tuple[int, int]]  # worker -> (pass, rows read), of the batches trained on
+    _positions: dict[int, tuple[int, int]]  # worker -> (pass, rows read) of the batches trained on
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(ResumeCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(resume_from_checkpoint, str):
-            check_checkpoint(resume_from_checkpoint)
         folder = self.args.output_dir
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True: output_dir={folder} holds no checkpoint; leave it out.")
+        self._resumed_from = resume_from_checkpoint or None
+        if self._resumed_from is not None:
+            check_checkpoint(self._resumed_from)
         if self.args.should_save:
             shutil.rmtree(os.path.join(folder, UNFINISHED), ignore_errors=True)
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(self._resumed_from, *args, **kwargs)
         last = get_last_checkpoint(folder) if self.args.should_save and os.path.isdir(folder) else None
-        if last is not None:  # killed after its last checkpoint, a run had no time for this
-            self._rotate(folder, last)
+        if last is not None:  # a run that was killed after its last checkpoint had no time for this
+            self._remove_old_checkpoints(folder, last)
         return result
 
     # Saving
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._aside or super()._get_output_dir(trial)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        aside, target = os.path.join(run_dir, UNFINISHED), os.path.join(run_dir, name)
-        with writing(name, run_dir, self.args.should_save):
-            # Step (1): all of it, in another folder
+        unfinished, target = os.path.join(run_dir, UNFINISHED), os.path.join(run_dir, name)
+        with self.training_log.paused():
+            with writing(name, run_dir, self.args.should_save):
+                # Step (1): write everything to another folder
+                if self.args.should_save:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
+                written = self._write_checkpoint(model, trial, unfinished, name)
+                # Step (2): rename it, once every process is done
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._publish_checkpoint(written, target, unfinished)
+            # Step (3): remove older ones
             if self.args.should_save:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
+                self._remove_old_checkpoints(run_dir, target)
             self.accelerator.wait_for_everyone()
-            self._aside = aside
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._aside = None
-            if self.state.best_model_checkpoint == os.path.join(aside, name):
-                self.state.best_model_checkpoint = target
-            # Step (2): under its name, once every process is done
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
-                _flush(os.path.join(aside, name))
-                if os.path.isdir(target):  # of a run that went further before it was resumed from an older one
-                    os.replace(target, os.path.join(aside, "replaced"))
-                os.replace(os.path.join(aside, name), target)
-                _flush_entry(run_dir)
-        # Step (3): older ones go
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-            self._rotate(run_dir, target)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(target)
+            if self.args.push_to_hub:  # the upload runs in the background, so it needs the final folder
+                self._push_from_checkpoint(target)
 
-    def _rotate(self, run_dir: str, newest: str) -> None:
-        """Deletes the oldest beyond `save_total_limit`, each out of the way first: half of one is no checkpoint."""
+    def _write_checkpoint(self, model: nn.Module, trial: Any, unfinished: str, name: str) -> str:
+        """Trainer's checkpoint, and the state that Trainer does not know, below the folder `unfinished`."""
+        output_dir, push_to_hub = self.args.output_dir, self.args.push_to_hub
+        self._is_writing_checkpoint = True
+        self.args.output_dir, self.args.push_to_hub = unfinished, False
+        try:
+            self._use_averaged_weights()
+            super()._save_checkpoint(model, trial)
+            folder = os.path.join(self._get_output_dir(trial), name)
+            if not self.args.save_only_model:
+                self._save_state(folder)
+        finally:
+            self._is_writing_checkpoint = False
+            self.args.output_dir, self.args.push_to_hub = output_dir, push_to_hub
+        return folder
+
+    def _publish_checkpoint(self, written: str, target: str, unfinished: str) -> None:
+        if self.state.best_model_checkpoint == written:
+            self.state.best_model_checkpoint = target
+        self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+        _flush(written)
+        if os.path.isdir(target):  # of a run that was resumed from an older checkpoint
+            os.replace(target, os.path.join(unfinished, "replaced"))
+        os.replace(written, target)
+        _flush_entry(os.path.dirname(target))
+
+    def _remove_old_checkpoints(self, run_dir: str, newest: str) -> None:
+        """Removes the oldest checkpoints beyond `save_total_limit`. Each is renamed first, so that an incomplete one is
+        never taken for a checkpoint."""
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
@@ -119,88 +165,96 @@ class InterruptibleTrainer(Trainer):
             os.replace(path, os.path.join(run_dir, UNFINISHED, os.path.basename(path)))
         shutil.rmtree(os.path.join(run_dir, UNFINISHED), ignore_errors=True)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._aside is None:  # an upload goes on while the run does, so it takes the folder that stays
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self._aside is not None:
-            super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, but all files or none: they are written to another folder and then moved."""
+        if self._is_writing_checkpoint:
+            super().save_model(output_dir, _internal_call=True)
             return
         folder = output_dir or self.args.output_dir
-        aside = Path(folder) / UNFINISHED
+        unfinished = Path(folder) / UNFINISHED
+        self._use_averaged_weights()
         with writing("The model", folder, self.args.should_save):
-            super()._save(str(aside), state_dict)
-            if self.args.should_save:
-                _flush(str(aside))
-                # config.json last: a folder that has one has the weights too.
-                for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+            super().save_model(str(unfinished), _internal_call=True)
+            if self.args.should_save and unfinished.is_dir():
+                _flush(str(unfinished))
+                # config.json last: a folder that has one then has the weights too.
+                for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
                     os.replace(path, Path(folder) / path.name)
-                aside.rmdir()
+                unfinished.rmdir()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.skip_budget.share()
+    def _use_averaged_weights(self) -> None:
+        """Some optimizers train other weights than those to evaluate and save. `training_step` switches back."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
+    def _save_state(self, folder: str) -> None:
+        if self.skip_budget is not None:
+            self.skip_budget.share()
         state = {
-            "skip_budget": self.skip_budget.state_dict(),
+            "skip_budget": self.skip_budget and self.skip_budget.state_dict(),
             "guard": self.guard.state_dict(),
-            "num_truncated": self.num_truncated,
+            "num_truncated": self.training_log.num_truncated,
             "stream": self._stream and {**self._shape_of_stream(), "positions": self._positions},
         }
-        path = os.path.join(output_dir, DATA_STATE.format(self.args.process_index))
+        path = os.path.join(folder, DATA_STATE.format(self.args.process_index))
         Path(path).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        if self.args.should_save and self.training_objective.state_dict():
+            optimizer = self.objective_optimizer and self.objective_optimizer.state_dict()
+            content = {"objective": self.training_objective.state_dict(), "optimizer": optimizer}
+            torch.save(content, os.path.join(folder, OBJECTIVE_STATE))
 
     # Resuming
 
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: str | None,
-        trial: Any,
-    ) -> tuple[int, int]:
-        epochs, batches = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
+    def restore_state(self) -> None:
+        """Restores what `_save_state` saved; called when training begins, after Trainer has restored its own state."""
         self._positions = {}
-        if resume_from_checkpoint is not None:
-            self._load_data_state(resume_from_checkpoint, batches)
-        return epochs, batches
-
-    def _load_data_state(self, checkpoint: str, batches: int) -> None:
+        checkpoint = self._resumed_from
+        if checkpoint is None:
+            return
         path = Path(checkpoint) / DATA_STATE.format(self.args.process_index)
         state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if state:
-            self.skip_budget.load_state_dict(state["skip_budget"])
+            if self.skip_budget is not None and state["skip_budget"] is not None:
+                self.skip_budget.load_state_dict(state["skip_budget"])
             self.guard.load_state_dict(state["guard"])
-            self.num_truncated = state["num_truncated"]
-        if self._stream is None or self.args.ignore_data_skip:
+            self.training_log.num_truncated = state["num_truncated"]
+        self._restore_objective(checkpoint)
+        if self._stream is not None and not self.args.ignore_data_skip:
+            self._restore_stream(checkpoint, state.get("stream") or {})
+
+    def _restore_objective(self, checkpoint: str) -> None:
+        if not self.training_objective.state_dict():
             return
-        saved, shape = state.get("stream") or {}, self._shape_of_stream()
+        path = Path(checkpoint) / OBJECTIVE_STATE
+        if not path.is_file():
+            raise ValueError(
+                f"{checkpoint} has no {OBJECTIVE_STATE}, and the objective of this run has a state "
+                f"({', '.join(list(self.training_objective.state_dict())[:3])} ...): use the objective of that run."
+            )
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self.training_objective.load_state_dict(state["objective"])
+        if self.objective_optimizer is not None:
+            self.objective_optimizer.load_state_dict(state["optimizer"])
+
+    def _restore_stream(self, checkpoint: str, saved: dict[str, Any]) -> None:
+        shape = self._shape_of_stream()
         different = [f"{name}: {saved.get(name)}, now {now}" for name, now in shape.items() if saved.get(name) != now]
         if different:
             raise ValueError(
-                f"{checkpoint} stands within a stream that was read otherwise ({'; '.join(different)}): resume with "
-                "the same, or begin the stream anew with --ignore_data_skip."
+                f"{checkpoint} is a position in a stream that was read differently ({'; '.join(different)}): resume "
+                "with the same values, or read the stream from its beginning with ignore_data_skip "
+                "(--ignore_data_skip)."
             )
         self._positions = {int(worker): tuple(position) for worker, position in saved["positions"].items()}
-        self._stream.resume(self._positions, batches, self._train_batch_size)
+        batches = self.state.global_step * self.args.gradient_accumulation_steps
+        self._stream.resume(self._positions, batches, self._train_batch_size)  # type: ignore[union-attr]
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        # Trainer looks at the number of steps after each: resumed from the last one it would take another.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        # accelerate tells the sampler, but not the data set where several processes share it or batches are skipped.
-        if hasattr(self.train_dataset, "set_epoch"):
-            self.train_dataset.set_epoch(kwargs["epoch"])
-        super()._run_epoch(**kwargs)
-
-    # Streams
+    # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's; a stream is dealt out here, as accelerate would send rows from one process to all others."""
+        """Trainer's. A stream is distributed here: accelerate would send rows from one process to all others."""
         self._stream, self._positions = None, {}
         if not isinstance(self.train_dataset, StreamedPairDataset):
             return super().get_train_dataloader()
@@ -228,6 +282,11 @@ class InterruptibleTrainer(Trainer):
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        # Trainer compares the steps with their maximum after each step. A run that is resumed from its last step would
+        # take another one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
             self._positions |= batch.pop("position", {})
@@ -241,23 +300,31 @@ class InterruptibleTrainer(Trainer):
         }
 
 
-def check_checkpoint(folder: str) -> None:
-    """Refuses to resume from what is no whole checkpoint.
+def set_epoch(dataset: Any, epoch: int) -> None:
+    """Calls `set_epoch` of a data set, or of those that it wraps (torch's Subset and ConcatDataset)."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+        return
+    wrapped = [dataset.dataset] if hasattr(dataset, "dataset") else getattr(dataset, "datasets", [])
+    for inner in wrapped:
+        set_epoch(inner, epoch)
 
-    Raises:
-        ValueError: naming what is missing, and the last checkpoint beside it.
-    """
+
+def check_checkpoint(folder: str) -> None:
+    """Raises ValueError if a folder is not a complete checkpoint, naming what is missing and the last checkpoint."""
     path = Path(folder)
     missing = [what for what, names in NEEDED.items() if not any(next(path.glob(name), None) for name in names)]
     if missing:
         last = get_last_checkpoint(str(path.parent)) if path.parent.is_dir() else None
         hint = f"The last one there is {last}." if last and Path(last) != path else "Give a folder checkpoint-N."
+        if "optimizer" in missing and "weights" not in missing and (path / "trainer_state.json").is_file():
+            hint = "It was saved with save_only_model; start a new run from its weights. " + hint
         raise ValueError(f"{folder} is no checkpoint to resume from: it has no {' and no '.join(missing)}. {hint}")
 
 
 @contextmanager
 def writing(what: str, folder: str, clean: bool) -> Iterator[None]:
-    """Turns what a full disk or a lost one raises into an OSError with the next step, and removes what was begun."""
+    """Turns the errors of a full or lost disk into an OSError with the next step, and removes incomplete files."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -266,16 +333,16 @@ def writing(what: str, folder: str, clean: bool) -> Iterator[None]:
         if clean:
             shutil.rmtree(os.path.join(folder, UNFINISHED), ignore_errors=True)
         last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        resume = f"go on with --resume_from_checkpoint {last}" if last else "start again"
+        resume = f"resume with --resume_from_checkpoint {last}" if last else "start again"
         free = f"; {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free" if os.path.isdir(folder) else ""
         raise OSError(
-            f"{what} could not be written to {folder} ({' '.join(str(error).split())}{free}). Make room, or keep fewer "
-            f"checkpoints with --save_total_limit, and {resume}."
+            f"{what} could not be written to {folder} ({' '.join(str(error).split())}{free}). Free some space, or keep "
+            f"fewer checkpoints with --save_total_limit, and {resume}."
         ) from error
 
 
 def _flush(folder: str) -> None:
-    """Waits until the files of a folder are on the disk: a rename may get there before what it renames."""
+    """Waits until the files of a folder are on the disk: a rename may reach it before the content."""
     for path, _, files in os.walk(folder):
         for file in files:
             _flush_entry(os.path.join(path, file))

@@ -1,21 +1,18 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""One contrastive batch out of the batches of several processes, with exact gradients.
+"""Exact contrastive losses over several processes.
 
-Every process compares its own rows with the columns of all, `(R, C)` scores instead of `(C, C)`. The backward pass of
-an exchange brings what all processes say of an embedding to the process that it comes from; `row_share` and the mean
-that DDP and FSDP take over processes make it the gradient of the mean over the whole batch, whatever the shares.
+Each process compares its own R rows with the C rows of all processes, so it computes `(R, C)` scores instead of
+`(C, C)`. The backward pass of each collective sums the gradients of a row over all processes. `Exchange.row_share` and
+the mean that DDP and FSDP take over processes turn these sums into the gradient of the mean over all C rows, for any
+distribution of the rows.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from modeling_mlip.losses import PairColumns, PairEmbeddings, TokenColumns
-
-TOKEN_LOSS_SCOPES = ("global", "local")
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def num_processes() -> int:
@@ -23,109 +20,135 @@ def num_processes() -> int:
 
 
 def gather_numbers(*numbers: int, device: torch.device | str = "cpu") -> list[list[int]]:
-    """Each process's numbers, in the order of their ranks."""
+    """Gathers the integers of each process, ordered by rank."""
     if num_processes() == 1:
         return [list(numbers)]
-    own = torch.tensor(numbers, device=device)
-    every = own.new_empty(num_processes(), len(numbers))
-    dist.all_gather_into_tensor(every, own[None])
-    return every.tolist()
+    local = torch.tensor(numbers, device=device)
+    gathered = local.new_empty(num_processes(), len(numbers))
+    dist.all_gather_into_tensor(gathered, local[None])
+    return gathered.tolist()
 
 
 def gather_strings(strings: list[str]) -> list[str]:
-    """The strings of all processes, in the order of their ranks."""
-    every: list[Any] = [strings]
+    """Gathers the strings of all processes, ordered by rank."""
+    gathered: list[Any] = [strings]
     if num_processes() > 1:
-        every = [None] * num_processes()
-        dist.all_gather_object(every, strings)
-    return [string for part in every for string in part]
+        gathered = [None] * num_processes()
+        dist.all_gather_object(gathered, strings)
+    return [string for strings_of_rank in gathered for string in strings_of_rank]
 
 
-def row_share(num_rows: int, num_columns: int) -> float:
-    """What the mean over this process's rows counts for, so that the mean over processes is the one over all rows."""
-    return num_processes() * num_rows / num_columns
-
-
-def gather_columns(pairs: PairEmbeddings, token_loss_scope: str = "global") -> PairColumns | None:
-    """The pairs of all processes, in the order of their ranks; `None` when there is one process.
-
-    With `token_loss_scope="global"` the caption tokens are exchanged, and later the scores; image tokens, the larger
-    part, stay where they are. With "local" the token level compares the pairs of one process.
-    """
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Averages the gradients of parameters that no wrapper averages. A missing gradient counts as zeros, because the
+    processes may differ in which parameters have one."""
     if num_processes() == 1:
-        return None
-    # Captions are padded to the longest of their own process, and a process that skipped samples has fewer rows.
-    length = 0 if pairs.tokens is None else pairs.tokens.text_mask.shape[1]
-    shapes = gather_numbers(len(pairs.text_embeds), length, device=pairs.text_embeds.device)
-    rows = [shape[0] for shape in shapes]
-    tokens = None
-    if pairs.tokens is not None and token_loss_scope == "global":
-        missing = max(shape[1] for shape in shapes) - length
-        tokens = TokenColumns(
-            text_tokens=gather_rows(nn.functional.pad(pairs.tokens.text_tokens, (0, 0, 0, missing)), rows),
-            text_mask=gather_rows(nn.functional.pad(pairs.tokens.text_mask, (0, missing)), rows),
-            swap_scores=partial(swap_scores, rows=rows),
-        )
-    return PairColumns(
-        image_embeds=gather_rows(pairs.image_embeds, rows),
-        text_embeds=gather_rows(pairs.text_embeds, rows),
-        caption_keys=gather_rows(pairs.caption_keys, rows),
-        image_keys=None if pairs.image_keys is None else gather_rows(pairs.image_keys, rows),
-        frequency_embeds=None if pairs.frequency_embeds is None else gather_rows(pairs.frequency_embeds, rows),
-        tokens=tokens,
-    )
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad.div_(num_processes()))
 
 
-def gather_rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """`(R, ...)` of each process, R as `rows` says -> `(C, ...)` with C = sum(rows), with gradients."""
-    return _GatherRows.apply(tensor, rows)
+class Exchange:
+    """Collectives for the rows of one batch.
+
+    Args:
+        num_rows: R, the pairs of this process.
+        device: where tensors are exchanged.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device | str = "cpu"):
+        self.rows = [rows for (rows,) in gather_numbers(num_rows, device=device)]  # of each process
+        self.num_rows = num_rows
+        self.device = device
+
+    @property
+    def num_columns(self) -> int:
+        """C, the pairs of all processes."""
+        return sum(self.rows)
+
+    @property
+    def row_share(self) -> float:
+        """Factor of the mean over this process's rows, so that the mean over processes is the mean over all C rows."""
+        return len(self.rows) * self.num_rows / self.num_columns
+
+    def gather(self, structure: Any) -> Any:
+        """Gathers every tensor `(R, ...)` of a nested structure to `(C, ...)`, ordered by rank, with gradients.
+
+        Trailing axes may differ between processes, such as the length of the longest caption. They are padded with
+        zeros to the largest. Tensors of all processes must have the same number of axes. With one process the structure
+        itself is returned.
+        """
+        if len(self.rows) == 1:
+            return structure
+        leaves, spec = tree_flatten(structure)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        lengths = [length for tensor in tensors for length in tensor.shape[1:]]
+        largest = [max(column) for column in zip(*gather_numbers(*lengths, device=self.device), strict=True)]
+        gathered = []
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                sizes, largest = largest[: leaf.ndim - 1], largest[leaf.ndim - 1 :]
+                leaf = _GatherRows.apply(_pad(leaf, [len(leaf), *sizes]), self.rows)
+            gathered.append(leaf)
+        return tree_unflatten(gathered, spec)
+
+    def swap_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """`(R, C)`, own images against all captions -> `(C, R)`, all images against own captions, with gradients."""
+        return _SwapScores.apply(scores, self.rows)
 
 
-def swap_scores(scores: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """`(R, C)`, own images against all captions -> `(C, R)`, all images against own captions, with gradients."""
-    return _SwapScores.apply(scores, rows)
+def _pad(tensor: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Pads a tensor with zeros at the end of each axis."""
+    missing = [size - length for size, length in zip(shape, tensor.shape, strict=True)]
+    if not any(missing):
+        return tensor
+    return nn.functional.pad(tensor, [amount for pair in ((0, m) for m in reversed(missing)) for amount in pair])
 
 
 class _GatherRows(torch.autograd.Function):
+    """`(R, ...)` of each process -> `(C, ...)`."""
+
     @staticmethod
     def forward(ctx, tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
         ctx.rows = rows
-        padding = [0, 0] * (tensor.ndim - 1) + [0, max(rows) - len(tensor)]
-        padded = nn.functional.pad(tensor, padding).contiguous()
-        every = padded.new_empty(len(rows) * max(rows), *tensor.shape[1:])
-        dist.all_gather_into_tensor(every, padded)
-        parts = every.split(max(rows))
-        return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
+        padded = _pad(tensor, [max(rows), *tensor.shape[1:]]).contiguous()
+        gathered = padded.new_empty(len(rows) * max(rows), *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, padded)
+        blocks = gathered.split(max(rows))
+        return torch.cat([block[:count] for block, count in zip(blocks, rows, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = ctx.rows
         padded = gradient.new_zeros(len(rows), max(rows), *gradient.shape[1:])
-        for part, share in zip(padded, gradient.split(rows), strict=True):
-            part[: len(share)] = share
-        own = gradient.new_empty(max(rows), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, padded.flatten(0, 1))
-        return own[: rows[dist.get_rank()]], None
+        for block, gradient_of_rank in zip(padded, gradient.split(rows), strict=True):
+            block[: len(gradient_of_rank)] = gradient_of_rank
+        local = gradient.new_empty(max(rows), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(local, padded.flatten(0, 1))
+        return local[: rows[dist.get_rank()]], None
 
 
 class _SwapScores(torch.autograd.Function):
+    """`(R, C)` -> `(C, R)`: each process receives the columns that belong to its rows."""
+
     @staticmethod
     def forward(ctx, scores: torch.Tensor, rows: list[int]) -> torch.Tensor:
         ctx.rows = rows
-        own = rows[dist.get_rank()]
-        sizes = [own * count for count in rows]
-        sent = torch.cat([part.flatten() for part in scores.split(rows, dim=1)])  # (R, R_s) for each process s
+        num_rows = rows[dist.get_rank()]
+        sizes = [num_rows * count for count in rows]
+        sent = torch.cat([block.flatten() for block in scores.split(rows, dim=1)])  # (R, R_s) for each process s
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, sizes, sizes)  # (R_s, R) of each process s
-        return received.view(sum(rows), own)
+        return received.view(sum(rows), num_rows)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = ctx.rows
-        own = rows[dist.get_rank()]
-        sizes = [own * count for count in rows]
+        num_rows = rows[dist.get_rank()]
+        sizes = [num_rows * count for count in rows]
         sent = gradient.contiguous().flatten()
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, sizes, sizes)  # (R, R_s) of each process s
-        parts = [part.view(own, count) for part, count in zip(received.split(sizes), rows, strict=True)]
-        return torch.cat(parts, dim=1), None
+        blocks = [block.view(num_rows, count) for block, count in zip(received.split(sizes), rows, strict=True)]
+        return torch.cat(blocks, dim=1), None

@@ -1,9 +1,11 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""A large contrastive batch in the memory of a small one: GradCache (Gao et al. 2021, arXiv 2101.06983).
+"""Cached gradients: a large contrastive batch in the memory of a mini-batch (GradCache, Gao et al. 2021,
+arXiv 2101.06983).
 
-The first pass embeds mini-batches and keeps no graph, the loss of all embeddings gives a gradient for each of them, and
-the second pass embeds each mini-batch again, now with a graph, and carries its gradients on to the weights. These
-functions cut, join and replay; the passes themselves are `MLIPTrainer._mini_batch_step`.
+The first pass computes the rows of all mini-batches without a graph. The loss of all rows gives a gradient for each
+row. The second pass computes each mini-batch again with a graph and propagates its gradients to the weights. The
+functions below split, join and replay; `MLIPTrainer.training_step` runs the passes. They work on nested structures of
+tensors (tuples, named tuples, lists, dictionaries, None) whose first axis is the pair.
 """
 
 from collections.abc import Iterator
@@ -11,46 +13,47 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
-
-from modeling_mlip.losses import PairEmbeddings
 
 from .distributed import gather_numbers
 
 
-def split_batch(batch: dict[str, torch.Tensor], mini_batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """Cuts tensors `(R, ...)` into mini-batches of about equal size, as many in every process.
+def count_mini_batches(num_rows: int, mini_batch_size: int | None, device: torch.device | str = "cpu") -> int:
+    """The number of mini-batches, equal in all processes, of at most `mini_batch_size` pairs each.
 
-    Wrappers that exchange weights or gradients do so in each of them, so a process that skipped samples makes its
-    mini-batches smaller, not fewer. A process with fewer rows than others have mini-batches makes all of them larger.
+    DDP and FSDP synchronise in every mini-batch. So a process with fewer rows makes its mini-batches smaller instead of
+    making fewer. If one process has fewer rows than others have mini-batches, all mini-batches become larger.
     """
-    num_rows = len(batch["input_ids"])
-    all_rows = [rows for (rows,) in gather_numbers(num_rows, device=batch["input_ids"].device)]
-    count = min(-(-max(all_rows) // mini_batch_size), min(all_rows))
-    parts = {name: tensor.tensor_split(count) for name, tensor in batch.items()}
-    return [{name: part[i] for name, part in parts.items()} for i in range(count)]
+    if mini_batch_size is None:
+        return 1
+    all_rows = [rows for (rows,) in gather_numbers(num_rows, device=device)]
+    return min(-(-max(all_rows) // mini_batch_size), min(all_rows))
 
 
-def join(parts: list[Any]) -> Any:
-    """`PairEmbeddings` of mini-batches as those of the batch."""
-    first = parts[0]
-    if first is None:
-        return None
-    if isinstance(first, torch.Tensor):
-        return torch.cat(parts)
-    return type(first)(*(join(list(values)) for values in zip(*parts, strict=True)))
+def split_rows(structure: Any, count: int) -> list[Any]:
+    """Splits every tensor `(R, ...)` of a structure into `count` mini-batches of about equal size."""
+    leaves, spec = tree_flatten(structure)
+    pieces = [leaf.tensor_split(count) if isinstance(leaf, torch.Tensor) else [leaf] * count for leaf in leaves]
+    return [tree_unflatten([piece[i] for piece in pieces], spec) for i in range(count)]
 
 
-def embeddings(pairs: PairEmbeddings) -> list[torch.Tensor]:
-    """The tensors of `pairs` that have gradients, always in the same order."""
-    tensors = [pairs.image_embeds, pairs.text_embeds, pairs.frequency_embeds]
-    if pairs.tokens is not None:
-        tensors += [pairs.tokens.image_tokens, pairs.tokens.text_tokens]
-    return [tensor for tensor in tensors if tensor is not None]
+def join_rows(structures: list[Any]) -> Any:
+    """Concatenates mini-batches of one structure along the first axis; the inverse of `split_rows`."""
+    all_leaves = [tree_leaves(structure) for structure in structures]
+    spec = tree_flatten(structures[0])[1]
+    joined = [torch.cat(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0]
+              for leaves in map(list, zip(*all_leaves, strict=True))]  # fmt: skip
+    return tree_unflatten(joined, spec)
+
+
+def floating_tensors(structure: Any) -> list[torch.Tensor]:
+    """The floating-point tensors of a structure, in a fixed order: those that can have a gradient."""
+    return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
 class RandomState:
-    """The state that the random generators are in when this is made: the CPU's and those of the tensors' devices."""
+    """The state of the random generators of the CPU and of the devices of `tensors` when it is created."""
 
     def __init__(self, *tensors: torch.Tensor):
         self.device_type = tensors[0].device.type
@@ -59,7 +62,8 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside, dropout draws what it drew then; afterwards the generators are as they were before."""
+        """Restores the state inside the context, so that dropout draws the same mask. The current state returns
+        afterwards."""
         kind = {} if self.device_type == "cpu" else {"device_type": self.device_type}
         with torch.random.fork_rng(devices=self.devices, **kind):
             torch.set_rng_state(self.cpu_state)

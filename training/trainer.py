@@ -1,18 +1,15 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""`MLIPTrainer`: transformers' Trainer with the multi-level loss over one contrastive batch; it evaluates by retrieval.
+"""`MLIPTrainer`: transformers' Trainer with an `Objective` over one contrastive batch, evaluated by retrieval.
 
-trainer = MLIPTrainer(model, MLIPTrainingArguments("out"), train_dataset=train, eval_dataset=test, processor=processor)
+trainer = MLIPTrainer(model, MLIPTrainingArguments("out"), train_dataset=train, processing_class=processor)
 trainer.train()
 """
 
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
@@ -20,25 +17,23 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPProcessor, TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_mlip import MLIPModel
 from modeling_mlip.data.collators import EvaluationCollator, PairCollator
-from modeling_mlip.data.items import build_pairs
 from modeling_mlip.data.skip_budget import SkipBudget
-from modeling_mlip.evaluation.embedding import encode_pairs
-from modeling_mlip.evaluation.metrics import retrieval_metrics
 from modeling_mlip.hub.errors import error_line
-from modeling_mlip.losses import MAX_LOGIT_SCALE, PairEmbeddings
 
+from .argument_checks import check_training_arguments
 from .arguments import MLIPTrainingArguments
 from .checkpoint import InterruptibleTrainer
-from .distributed import gather_columns, gather_numbers, num_processes, row_share
-from .mini_batches import RandomState, embeddings, join, split_batch
+from .distributed import Exchange, average_gradients, gather_numbers, num_processes
+from .mini_batches import RandomState, count_mini_batches, floating_tensors, join_rows, split_rows
+from .objective import ModelLosses, Objective
+from .retrieval_evaluation import RetrievalEvaluationMixin, build_dataset
 from .step_guard import StepGuard
+from .training_log import TrainingLog
 
-LOSS_PARTS = ("spatial_loss", "frequency_loss", "token_loss")
-# Parameters of two and more dimensions that are no weights of a linear map, or biases of one in disguise.
+# Parameters with two or more axes that are not the weight of a linear map, and biases that are not called so.
 NO_DECAY = ("bias", "norm", "gate", "position_embedding", "class_embedding", "layer_scale", "logit_scale", "query")
 
 
@@ -46,111 +41,147 @@ def _no_embedding() -> None:
     return None
 
 
-class CodeFiles(TrainerCallback):
-    """Puts the code files beside what is about to be pushed: of a checkpoint, Trainer takes only weights and config."""
+class SaveCodeFiles(TrainerCallback):
+    """Saves the model's code files before a push: Trainer copies only weights and config from a checkpoint."""
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):
         if state.is_world_process_zero:
             custom_object_save(model, args.output_dir)
 
 
-def items_of(dataset: Any, processor: CLIPProcessor, seed: int, training: bool = False) -> Any:
-    """The items of the rows of a data set of `datasets`; any other data set has its own."""
-    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        return dataset
-    return build_pairs(dataset, processor, seed=seed, training=training)
+class StepCallback(TrainerCallback):
+    """What `MLIPTrainer` does around the optimizer step."""
+
+    def __init__(self, trainer: "MLIPTrainer"):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.prepare_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.finish_step()
 
 
-class MLIPTrainer(InterruptibleTrainer):
+class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
     """Trains an `MLIPModel` on image-caption pairs.
 
     Args:
-        model: the model.
+        model: the model, or `None` with `model_init`.
         args: how the job runs.
-        train_dataset: rows of images and captions (`datasets.Dataset` or a stream), whose columns are found by their
-            usual names and whose images are augmented; or `data.build_pairs` of such, where other settings are wanted.
-        eval_dataset: the same, not augmented, or a dictionary of several.
-        processor: saved with every checkpoint; its tokenizer encodes the captions.
-        max_seq_length: longest caption in tokens; the text tower's context if not given.
+        train_dataset: rows of images and captions (`datasets.Dataset` or `IterableDataset`), whose columns are found by
+            their usual names and whose images are augmented; or the result of `data.build_pairs` for other settings.
+        eval_dataset: the same without augmentation, or a dictionary of several.
+        processing_class: the processor. Its tokenizer encodes the captions, and every checkpoint contains it.
+        objective: losses of the run; by default those of the model's configuration.
+        max_seq_length: longest caption in tokens; by default the text tower's context.
+        data_collator: makes a batch of items; by default `data.PairCollator`.
 
     Raises:
-        ValueError: if one contrastive batch is a single pair, or the model cannot start at `start_merge_ratio`; while
-            training, if too many samples are broken, or the loss or its gradient is not finite in too many steps in a
-            row.
+        ValueError: if there is no processor, if a contrastive batch would be a single pair, or if the model cannot
+            start at `start_merge_ratio`; during training, if too many samples are broken or too many steps in a row
+            have a loss or gradient that is not finite.
     """
 
     def __init__(
         self,
-        model: MLIPModel,
-        args: MLIPTrainingArguments,
+        model: MLIPModel | None = None,
+        args: MLIPTrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processor: CLIPProcessor | None = None,
+        processing_class: CLIPProcessor | None = None,
+        objective: Objective | None = None,
         max_seq_length: int | None = None,
+        data_collator: Any = None,
         **kwargs: Any,
     ):
-        if train_dataset is not None and args.train_batch_size * args.world_size < 2:
+        args = MLIPTrainingArguments("trainer_output") if args is None else args
+        check_training_arguments(args, has_eval_dataset=eval_dataset is not None, **kwargs)
+        check_batch(args, train_dataset)
+        if processing_class is None:
             raise ValueError(
-                f"per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} device(s) is one "
-                "pair, and a contrastive loss needs others to compare it with; choose 2 or more."
+                "processing_class=None: give the model's processor, for example AutoProcessor.from_pretrained(...)."
             )
-        if args.start_merge_ratio is not None:
-            merge_ratio = model.config.merge_ratio
-            try:
-                model.set_merge_ratio(args.start_merge_ratio)
-            except StrictDataclassError as error:
-                raise ValueError(f"start_merge_ratio={args.start_merge_ratio}: {error_line(error)}") from error
-            model.set_merge_ratio(merge_ratio)
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"One process drives {args.n_gpu} GPUs, so each would see its own share of the batch as its only "
-                "negatives; start one process for each: accelerate launch or torchrun --nproc_per_node."
-            )
-        length = max_seq_length or model.config.text_config.max_position_embeddings
-        train_dataset = items_of(train_dataset, processor, args.seed, training=True)
+        self.training_objective = objective or Objective([ModelLosses(args.token_loss_scope)])
+        self._initial_objective = {
+            name: tensor.clone() for name, tensor in self.training_objective.state_dict().items()
+        }
+        self.objective_optimizer: torch.optim.Optimizer | None = None
+        train_dataset = build_dataset(train_dataset, processing_class, args.seed, training=True)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: items_of(rows, processor, args.seed) for name, rows in eval_dataset.items()}
+            eval_dataset = {
+                name: build_dataset(rows, processing_class, args.seed) for name, rows in eval_dataset.items()
+            }
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(processor.tokenizer, length),
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processor,
+            processing_class=processing_class,
             **kwargs,
         )
-        self.add_callback(CodeFiles)
-        self.evaluation_collator = EvaluationCollator(processor.tokenizer, length)
+        length = max_seq_length or self.model.config.text_config.max_position_embeddings
+        self.data_collator = data_collator or PairCollator(processing_class.tokenizer, length)
+        self.evaluation_collator = EvaluationCollator(processing_class.tokenizer, length)
+        self.training_objective.to(self.args.device)
         self.skip_budget = None
         if train_dataset is not None:
             size = len(train_dataset) if hasattr(train_dataset, "__len__") else None
             self.skip_budget = SkipBudget(args.skip_budget, size)
-        self.num_truncated = 0
         self.guard = StepGuard(args.max_nonfinite_steps)
-        self._since = 0.0
-        self._clear_notes()
-        self._fit_parallel_wrappers()
+        self.training_log = TrainingLog(self.args.device)
+        self._is_gradient_finite = True
+        self._skips_step = False
+        self.add_callback(SaveCodeFiles)
+        self.add_callback(StepCallback(self))
+        self._prepare_model()
 
-    def _fit_parallel_wrappers(self) -> None:
-        """What DDP and FSDP need to know of this model; DeepSpeed runs backward passes of a loss only."""
-        if self.is_deepspeed_enabled and self.args.mini_batch_size is not None:
+    # Setting up
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model of `model_init`; the objective starts anew with it."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "accelerator"):  # not in __init__, which prepares the first model itself
+            self.model = model
+            self.training_objective.load_state_dict(self._initial_objective)
+            self.objective_optimizer = None
+            self._prepare_model()
+        return model
+
+    def _prepare_model(self) -> None:
+        """Checks what the run needs of the model, and adapts the model to DDP, FSDP and DeepSpeed."""
+        model, args = self.model, self.args
+        check_start_merge_ratio(model, args.start_merge_ratio)
+        if self.is_deepspeed_enabled and args.mini_batch_size is not None:
             raise ValueError(
-                f"mini_batch_size={self.args.mini_batch_size} does not work with DeepSpeed; leave it out, or take DDP "
-                "or FSDP (--fsdp)."
+                f"mini_batch_size={args.mini_batch_size}: DeepSpeed runs the backward pass of a loss only. Leave it "
+                "out, or use DDP or FSDP."
             )
-        vision = self.model.vision_model
-        if vision.frequency is not None and self.model.frequency_projection is None:
-            vision.frequency.query.requires_grad_(False)  # no loss reaches it, and DDP waits for every gradient
+        vision = model.vision_model
+        if vision.frequency is not None and model.frequency_projection is None:
+            vision.frequency.query.requires_grad_(
+                False
+            )  # without a loss; DDP waits for the gradient of every parameter
         if self.is_fsdp_enabled:
-            # It cannot shard scalars. They stay whole in every process, and `training_step` averages their gradients.
-            temperatures = nn.Module()
-            for name, scale in self.model.logit_scales().items():
-                temperatures.register_parameter(name, scale)
-            self.accelerator.state.fsdp_plugin.ignored_modules = [temperatures]
-            # accelerate shards "the" input embedding apart; both towers' are in `_no_split_modules` already.
-            self.model.get_input_embeddings = _no_embedding
-        elif self.args.fsdp:
-            raise ValueError(f"--fsdp: accelerate does not shard on {self.args.device.type}; leave the flag out there.")
+            # FSDP cannot shard scalars. They stay whole in every process, and `training_step` averages their gradients.
+            scalars = nn.Module()
+            for name, parameter in model.scalar_parameters().items():
+                scalars.register_parameter(name, parameter)
+            self.accelerator.state.fsdp_plugin.ignored_modules = [scalars]
+            # accelerate shards the input embedding separately; `_no_split_modules` contains both towers' already.
+            model.get_input_embeddings = _no_embedding
+        elif args.fsdp:
+            raise ValueError(f"fsdp={args.fsdp}: accelerate does not shard on {args.device.type}; leave it out.")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's. A last batch of a single pair has no negatives, so it is dropped."""
+        drop_last, dataset = self.args.dataloader_drop_last, self.train_dataset
+        if isinstance(dataset, Sized) and self.args.world_size == 1 and len(dataset) > 1:
+            self.args.dataloader_drop_last = drop_last or len(dataset) % self._train_batch_size == 1
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     # Training
 
@@ -158,30 +189,38 @@ class MLIPTrainer(InterruptibleTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward pass of one batch of this process, in one pass or in mini-batches."""
-        self._clamp_temperatures(model)
-        mini_batch_size = self.args.mini_batch_size
-        with self._merge_ratio_of_the_step():
-            if mini_batch_size is None or mini_batch_size >= self.args.per_device_train_batch_size:
+        self.training_objective.on_step_begin(self.accelerator.unwrap_model(model))
+        num_pairs = len(inputs["input_ids"])
+        count = count_mini_batches(num_pairs, self.args.mini_batch_size, self.args.device)
+        with self._merge_ratio_of_step():
+            self._log_tokens(inputs["pixel_values"])
+            if count == 1:
                 loss = super().training_step(model, inputs, num_items_in_batch)
             else:
-                loss = self._mini_batch_step(model, inputs, mini_batch_size)
-        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
-            for scale in self._trained_temperatures(model):
-                dist.all_reduce(scale.grad.div_(num_processes()))
+                loss = self._mini_batch_step(model, inputs, count)
+        if self.accelerator.sync_gradients:
+            self._finish_gradients(model)
         return loss
 
     @contextmanager
-    def _merge_ratio_of_the_step(self) -> Iterator[None]:
-        """The merge ratio on its way from `start_merge_ratio` to the model's own, which comes back afterwards."""
-        start, own = self.args.start_merge_ratio, self.model.config.merge_ratio
+    def _merge_ratio_of_step(self) -> Iterator[None]:
+        """Sets the merge ratio between `start_merge_ratio` and the model's own, which is restored afterwards."""
+        start, end = self.args.start_merge_ratio, self.model.config.merge_ratio
         if start is not None:
-            done = self.state.global_step / max(self.state.max_steps - 1, 1)
-            self.model.set_merge_ratio(start + (own - start) * done)
+            progress = self.state.global_step / max(self.state.max_steps - 1, 1)
+            self.model.set_merge_ratio(start + (end - start) * progress)
         try:
             yield
         finally:
             if start is not None:
-                self.model.set_merge_ratio(own)
+                self.model.set_merge_ratio(end)
+
+    def _log_tokens(self, pixel_values: torch.Tensor) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        height, width = pixel_values.shape[-2:]
+        patch_size = model.config.vision_config.patch_size
+        num_patches = (height // patch_size) * (width // patch_size)
+        self.training_log.set_tokens(num_patches, model.vision_model.encoder.tokens_removed(num_patches))
 
     def compute_loss(
         self,
@@ -189,207 +228,215 @@ class MLIPTrainer(InterruptibleTrainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """This process's share of the loss of the pairs of all processes as one batch; the mean of the shares is it."""
-        # Step (1): what was skipped on the way here
-        inputs, names = self._unpack(inputs)
-        # Step (2): embeddings
-        pairs = model(**inputs, return_pairs=True).pairs
-        # Step (3): the losses against the pairs of all processes
-        losses = self._losses(model, pairs, names)
-        return (losses["loss"], losses) if return_outputs else losses["loss"]
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """This process's share of the loss over the pairs of all processes; the mean of the shares is that loss.
 
-    def _mini_batch_step(self, model: nn.Module, inputs: dict[str, Any], mini_batch_size: int) -> torch.Tensor:
+        With `return_outputs` also the model's `MLIPOutput`, with the named losses as further keys.
+        """
+        # Step (1): remove what is not for the model
+        inputs, names = self._unpack(inputs)
+        # Step (2): the rows of the objective's parts
+        outputs, rows = self.training_objective.compute_rows(model, inputs)
+        # Step (3): the losses against the pairs of all processes
+        losses = self._compute_losses(model, rows, names)
+        if not return_outputs:
+            return losses["loss"]
+        for name, loss in losses.items():
+            outputs[name] = loss
+        return losses["loss"], outputs
+
+    def _mini_batch_step(self, model: nn.Module, inputs: dict[str, Any], count: int) -> torch.Tensor:
         """`training_step` in the memory of a mini-batch, with the gradients of the whole batch."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         inputs, names = self._unpack(self._prepare_inputs(inputs))
-        mini_batches = split_batch(inputs, mini_batch_size)
-        # Step (1): embeddings of all mini-batches, without a graph
+        mini_batches = split_rows(inputs, count)
+        # Step (1): the rows of all mini-batches, without a graph
         random_states, parts = [], []
-        with torch.no_grad():
+        with torch.no_grad(), self.compute_loss_context_manager():
             for mini_batch in mini_batches:
                 random_states.append(RandomState(mini_batch["pixel_values"]))
-                parts.append(model(**mini_batch, return_pairs=True).pairs)
-        pairs = join(parts)
+                parts.append(self.training_objective.compute_rows(model, mini_batch)[1])
+        rows = join_rows(parts)
         del parts
-        # Step (2): the loss of the batch, and its gradient for every embedding and temperature
-        embedded = [tensor.requires_grad_() for tensor in embeddings(pairs)]
-        temperatures = self._trained_temperatures(model)
-        loss = self._losses(model, pairs, names)["loss"] / self.current_gradient_accumulation_steps
+        # Step (2): the loss of the batch; its gradient with respect to every row and every parameter of the losses
+        row_tensors = [tensor.requires_grad_() for tensor in floating_tensors(rows)]
+        parameters = [*self._trained_scalars(model), *self.training_objective.trained_parameters()]
+        loss = self._compute_losses(model, rows, names)["loss"] / self.current_gradient_accumulation_steps
         scaler = self.accelerator.scaler
-        gradients = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), [*embedded, *temperatures])
-        sizes = [len(mini_batch["input_ids"]) for mini_batch in mini_batches]
-        by_mini_batch = list(zip(*(gradient.split(sizes) for gradient in gradients[: len(embedded)]), strict=True))
-        of_temperatures = list(zip(temperatures, gradients[len(embedded) :], strict=True))
-        del pairs, embedded, gradients
-        # Step (3): the embeddings again, with a graph, and their gradients on to the weights
+        scaled_loss = loss if scaler is None else scaler.scale(loss)
+        gradients = torch.autograd.grad(scaled_loss, [*row_tensors, *parameters], allow_unused=True)
+        row_gradients = split_rows(list(gradients[: len(row_tensors)]), count)
+        parameter_gradients = list(zip(parameters, gradients[len(row_tensors) :], strict=True))
+        del rows, row_tensors, gradients
+        # Step (3): the rows again, with a graph; their gradients propagate to the weights
         for i, (mini_batch, random_state) in enumerate(zip(mini_batches, random_states, strict=True)):
-            is_last = i == len(mini_batches) - 1
-            exchanges = is_last and self.accelerator.sync_gradients
-            with nullcontext() if exchanges else self.accelerator.no_sync(model):
-                with random_state.replayed():
-                    roots = embeddings(model(**mini_batch, return_pairs=True).pairs)
-                # DDP waits for the gradients of all parameters in the one backward pass that exchanges them.
-                pulled = [*zip(roots, by_mini_batch[i], strict=True), *(of_temperatures if is_last else [])]
-                tensors, pulls = zip(*(pair for pair in pulled if pair[0].requires_grad), strict=True)
-                torch.autograd.backward(tensors, pulls)
+            is_last = i == count - 1
+            synchronises = is_last and self.accelerator.sync_gradients
+            with nullcontext() if synchronises else self.accelerator.no_sync(model):
+                with random_state.replayed(), self.compute_loss_context_manager():
+                    rows = self.training_objective.compute_rows(model, mini_batch)[1]
+                # DDP expects the gradients of all parameters in the one backward pass that synchronises.
+                roots = list(zip(floating_tensors(rows), row_gradients[i], strict=True))
+                roots += parameter_gradients if is_last else []
+                roots = [root for root in roots if root[0].requires_grad and root[1] is not None]
+                tensors, root_gradients = zip(*roots, strict=True)
+                torch.autograd.backward(tensors, root_gradients)
         return loss.detach()
 
     def _unpack(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """What the model takes of a batch, and the names of its samples; notes what was skipped."""
+        """The tensors of a batch and the names of its samples. Counts the pairs and the skipped samples."""
         inputs = dict(inputs)
-        skipped, names = inputs.pop("skipped"), inputs.pop("names")
-        self.num_truncated += inputs.pop("num_truncated")
-        self.skip_budget.add(skipped, seen=len(names) + len(skipped))
-        self._since = self._since or time.perf_counter()
-        self._num_pairs += len(names)
-        self._image_size = inputs["pixel_values"].shape[-2:]
+        num_pairs = len(inputs["input_ids"])
+        skipped, names = inputs.pop("skipped", []), inputs.pop("names", [f"pair {n}" for n in range(num_pairs)])
+        self.training_log.add_batch(num_pairs, inputs.pop("num_truncated", 0))
+        if self.skip_budget is not None:
+            self.skip_budget.add(skipped, seen=len(names) + len(skipped))
         return inputs, names
 
-    def _losses(self, model: nn.Module, pairs: PairEmbeddings, names: list[str]) -> dict[str, torch.Tensor]:
-        """The loss and its parts, own rows against the columns of all processes, for their mean over processes."""
-        # Groups of the token level lie within a process, so no tokens need to travel.
-        grouped = self.accelerator.unwrap_model(model).config.token_loss_group_size is not None
-        columns = gather_columns(pairs, "local" if grouped else self.args.token_loss_scope)
-        share = 1.0 if columns is None else row_share(len(pairs.text_embeds), len(columns.text_embeds))
-        losses = self.accelerator.unwrap_model(model).compute_losses(pairs, columns)
-        losses = {name: share * loss for name, loss in losses.items()}
-        self.guard.watch(losses["loss"], names, pairs)
-        self._note_losses(losses)
+    def _compute_losses(self, model: nn.Module, rows: dict[str, Any], names: list[str]) -> dict[str, torch.Tensor]:
+        """The named losses and their weighted sum, own rows against the columns of all processes."""
+        exchange = Exchange(len(names), self.args.device)
+        losses = self.training_objective(self.accelerator.unwrap_model(model), rows, exchange)
+        self.guard.add_batch(losses["loss"], names, rows)
+        self.training_log.add_losses(losses)
         return losses
 
-    def _trained_temperatures(self, model: nn.Module) -> list[nn.Parameter]:
-        scales = self.accelerator.unwrap_model(model).logit_scales().values()
-        return [scale for scale in scales if scale.requires_grad]
+    def _trained_scalars(self, model: nn.Module) -> list[nn.Parameter]:
+        scalars = self.accelerator.unwrap_model(model).scalar_parameters().values()
+        return [scalar for scalar in scalars if scalar.requires_grad]
 
-    def _clamp_temperatures(self, model: nn.Module) -> None:
-        # The optimizer may have moved a temperature beyond its clamp, where it has no gradient to come back by.
-        with torch.no_grad():
-            for logit_scale in self.accelerator.unwrap_model(model).logit_scales().values():
-                logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+    def _finish_gradients(self, model: nn.Module) -> None:
+        """Averages the gradients that no wrapper averages, and checks all of them before Trainer clips them."""
+        if self.is_fsdp_enabled:
+            average_gradients(self._trained_scalars(model))
+        average_gradients(self.training_objective.trained_parameters())
+        if self.accelerator.scaler is not None:  # float16 gradients overflow at times; the scaler handles these steps
+            self._is_gradient_finite = True
+            return
+        gradients = [parameter.grad for parameter in (*model.parameters(), *self.training_objective.parameters())]
+        local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients if g is not None]
+        self._is_gradient_finite = bool(nn.utils.get_total_norm(local).isfinite()) if local else True
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
-        """The norm, and here, before the optimizer's step, whether there is to be one."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        if hasattr(grad_norm, "full_tensor"):  # of FSDP's shards
-            grad_norm = grad_norm.full_tensor()
-        # In float16 gradients overflow now and then; the scaler skips these steps itself and lowers its scale.
+    def prepare_step(self) -> None:
+        """Before the optimizer step: removes the gradients of a step that must be skipped, and clips those of the
+        objective's own parameters, which Trainer does not know."""
+        self._skips_step = self.guard.should_skip(
+            self._is_gradient_finite, self.state.global_step, self.state.max_steps
+        )
         scaler = self.accelerator.scaler
-        judged = grad_norm if scaler is None else 0.0
-        refused = self.guard.refuses(judged, self.state.global_step, self.state.max_steps)
-        if refused:
-            model.zero_grad()  # an optimizer passes over parameters without a gradient
+        if self._skips_step:  # an optimizer skips parameters without a gradient
+            self.model_wrapped.zero_grad()
+            self.training_objective.zero_grad()
         if scaler is None:
-            self.optimizer._is_overflow = refused  # the schedule waits too
-        return grad_norm
+            self.optimizer._is_overflow = self._skips_step  # then the learning rate schedule waits too
+        gradients = [p.grad for p in self.training_objective.trained_parameters() if p.grad is not None]
+        for gradient in gradients if scaler is not None else []:
+            gradient.div_(scaler.get_scale())
+        if gradients and self.args.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.training_objective.trained_parameters(), self.args.max_grad_norm)
+
+    def finish_step(self) -> None:
+        """After the optimizer step: the step of the objective's own parameters, and its hooks."""
+        if self.objective_optimizer is not None:
+            if not self._skips_step and not self.accelerator.optimizer_step_was_skipped:
+                for group in self.objective_optimizer.param_groups:
+                    group["lr"] = self.optimizer.param_groups[0]["lr"]
+                self.objective_optimizer.step()
+            self.objective_optimizer.zero_grad()
+        self.training_objective.on_step_end(self.accelerator.unwrap_model(self.model))
 
     # Optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return [name for name, _ in model.named_parameters() if not any(part in name for part in NO_DECAY)]
+        return [name for name, _ in model.named_parameters() if not any(word in name for word in NO_DECAY)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's; under FSDP temperatures are a group of their own: one kernel takes shards or tensors, not both."""
+        """Trainer's optimizer of the model, and one like it for the parameters of the objective's parts.
+
+        Under FSDP the model's scalar parameters form a group of their own: one kernel cannot take both shards and plain
+        tensors.
+        """
         optimizer = super().create_optimizer(model)
         if self.is_fsdp_enabled:
-            temperatures = set(self.accelerator.unwrap_model(model or self.model).logit_scales().values())
+            scalars = set(self.accelerator.unwrap_model(model or self.model).scalar_parameters().values())
             for group in list(optimizer.param_groups):
-                own = [parameter for parameter in group["params"] if parameter in temperatures]
+                own = [parameter for parameter in group["params"] if parameter in scalars]
                 if own:
-                    group["params"] = [parameter for parameter in group["params"] if parameter not in temperatures]
+                    group["params"] = [parameter for parameter in group["params"] if parameter not in scalars]
                     optimizer.add_param_group({**group, "params": own})
+        if self.objective_optimizer is None and self.training_objective.trained_parameters():
+            self.objective_optimizer = self._create_objective_optimizer()
         return optimizer
+
+    def _create_objective_optimizer(self) -> torch.optim.Optimizer:
+        if num_processes() > 1:
+            for tensor in self.training_objective.state_dict().values():  # all processes start with the same
+                dist.broadcast(tensor, src=0)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.training_objective)
+        if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(options):
+            raise ValueError(
+                f"optim={self.args.optim}: the objective has parameters of its own, which need a plain optimizer "
+                "such as adamw_torch."
+            )
+        decay = set(self.get_decay_parameter_names(self.training_objective))
+        trained = [(name, p) for name, p in self.training_objective.named_parameters() if p.requires_grad]
+        with_decay = [p for name, p in trained if name in decay and p.ndim > 1]
+        without_decay = [p for name, p in trained if not (name in decay and p.ndim > 1)]
+        groups = [
+            {"params": with_decay, "weight_decay": self.args.weight_decay},
+            {"params": without_decay, "weight_decay": 0.0},
+        ]
+        return optimizer_class([group for group in groups if group["params"]], **options)
 
     # Logs
 
-    def _clear_notes(self) -> None:
-        self._part_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        self._num_pairs = 0
-
-    def _note_losses(self, losses: dict[str, torch.Tensor]) -> None:
-        finite = losses["loss"].detach().isfinite()
-        for name in LOSS_PARTS:
-            if name in losses:
-                self._part_sums[name] += losses[name].detach().where(finite, 0.0)
-        self._part_sums["steps"] += finite
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds loss parts, temperatures, speed, numbers of tokens and what was skipped to the logs of training."""
-        if "loss" in logs and self._num_pairs:
-            logs.update(self._notes())
-            self._clear_notes()
-            self._since = time.perf_counter()
+        """Adds named losses, scalar parameters, speed, tokens per layer and counts to the logs of training."""
+        if "loss" in logs and not self.training_log.is_empty:
+            model = self.accelerator.unwrap_model(self.model)
+            logs.update(self.training_log.summarize(self.accelerator))
+            logs.update({name: scalar.item() for name, scalar in model.scalar_parameters().items()})
+            if self.skip_budget is not None:
+                self.skip_budget.share()
+                logs["skipped_samples"] = float(self.skip_budget.num_skipped)
+            logs["skipped_steps"] = float(self.guard.skipped_steps)
+        if "train_runtime" in logs:  # Trainer multiplies steps by the batch size, also where a batch was smaller
+            by_process = gather_numbers(self.training_log.total_pairs, device=self.args.device)
+            num_pairs = sum(pairs for (pairs,) in by_process)
+            logs["train_samples_per_second"] = round(num_pairs / logs["train_runtime"], 3)
         super().log(logs, start_time)
-
-    def _notes(self) -> dict[str, float]:
-        """Since the last logs and over all processes."""
-        model = self.accelerator.unwrap_model(self.model)
-        # Step (1): parts of the loss, over the steps where it was finite
-        steps = self.accelerator.reduce(self._part_sums.pop("steps"), "mean")
-        notes = {name: self.accelerator.reduce(total, "mean") / steps for name, total in self._part_sums.items()}
-        logs = {name: value.item() for name, value in notes.items()} if steps else {}
-        # Step (2): temperatures
-        logs |= {name: scale.item() for name, scale in model.logit_scales().items()}
-        # Step (3): pairs
-        by_process = gather_numbers(self._num_pairs, self.num_truncated, device=self.args.device)
-        num_pairs, truncated = (float(sum(numbers)) for numbers in zip(*by_process, strict=True))
-        self.skip_budget.share()
-        logs["images_per_second"] = num_pairs / (time.perf_counter() - self._since)
-        logs |= {"skipped_samples": float(self.skip_budget.num_skipped), "truncated_captions": truncated}
-        logs["skipped_steps"] = float(self.guard.skipped_steps)
-        # Step (4): patch tokens after each layer of the vision tower
-        height, width = self._image_size
-        patch = model.config.vision_config.patch_size
-        tokens = (height // patch) * (width // patch)
-        for layer, removed in enumerate(model.vision_model.encoder.tokens_removed(tokens)):
-            tokens -= removed
-            logs[f"vision_tokens_layer_{layer}"] = float(tokens)
-        return logs
-
-    # Evaluation
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        dataset = self.eval_dataset if dataset is None else dataset
-        if dataset is None:
-            raise ValueError("Evaluation needs an eval_dataset; give one to MLIPTrainer or to evaluate().")
-        # Every process evaluates everything: recall depends on the whole pool, not on a share of it.
-        return DataLoader(
-            items_of(dataset, self.processing_class, self.args.seed),
-            batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=self.evaluation_collator,
-            num_workers=self.args.dataloader_num_workers,
-        )
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Recall@1, 5 and 10 both ways over the whole data set, whatever the batch size."""
-        length = len(dataloader.dataset) if isinstance(dataloader.dataset, Sized) else None
-        budget = SkipBudget(self.args.skip_budget, length)
-        with self.compute_loss_context_manager():
-            encoded = encode_pairs(self.model, dataloader, self.args.device, description, budget=budget)
-        budget.judge_whole()
-        metrics = retrieval_metrics(
-            encoded.image_embeds, encoded.text_embeds, encoded.caption_image, encoded.caption_ids
-        )
-        return EvalLoopOutput(
-            predictions=encoded.image_embeds.numpy(),
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=len(encoded.image_embeds),
-        )
 
     # Sharing
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leaves the card that is there: `push_to_hub` would write a draft over the one with what was measured."""
+        """Keeps an existing card: `push_to_hub` would replace the card with the measured figures by a draft."""
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
+
+
+def check_batch(args: MLIPTrainingArguments, train_dataset: Any) -> None:
+    """Raises ValueError if one contrastive batch is a single pair, or is spread over GPUs of one process."""
+    if train_dataset is not None and args.train_batch_size * args.world_size < 2:
+        raise ValueError(
+            f"per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} device(s) is one "
+            "pair, and a contrastive loss compares a pair with others; choose 2 or more."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process uses {args.n_gpu} GPUs, so each GPU would compare only its share of the batch; start one "
+            "process per GPU: accelerate launch, or torchrun --nproc_per_node."
+        )
+
+
+def check_start_merge_ratio(model: MLIPModel, start_merge_ratio: float | None) -> None:
+    """Raises ValueError if the model cannot run at `start_merge_ratio`."""
+    if start_merge_ratio is None:
+        return
+    merge_ratio = model.config.merge_ratio
+    try:
+        model.set_merge_ratio(start_merge_ratio)
+    except StrictDataclassError as error:
+        raise ValueError(f"start_merge_ratio={start_merge_ratio}: {error_line(error)}") from error
+    model.set_merge_ratio(merge_ratio)

@@ -1,9 +1,10 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""The gradients of several processes, of mini-batches and of both are those of one process with one large batch.
+"""The gradients of several processes, of mini-batches and of both equal those of one process with one large batch.
 
-    python tests/test_distributed.py    # the table of docs/training.md
+    python tests/training/test_distributed.py    # the table of docs/training.md
 
-Float64, on the CPU, through `MLIPTrainer.training_step`. Every number of processes is started once for all its cases.
+Float64, on the CPU, through `MLIPTrainer.training_step`. Each number of processes is started once for all its cases.
+The cases "toy part" show that the suite holds for a part of the objective that is defined in this file alone.
 """
 
 import functools
@@ -24,7 +25,8 @@ from torch.distributed.fsdp import FSDPModule
 from modeling_mlip import MLIPModel
 from modeling_mlip.losses import PairEmbeddings, positive_targets, token_loss, token_scores
 from modeling_mlip.training.arguments import MLIPTrainingArguments
-from modeling_mlip.training.mini_batches import RandomState, split_batch
+from modeling_mlip.training.mini_batches import RandomState, join_rows, split_rows
+from modeling_mlip.training.objective import ModelLosses, Objective, ObjectivePart
 from modeling_mlip.training.trainer import NO_DECAY, MLIPTrainer
 
 NUM_PAIRS = 11
@@ -32,6 +34,33 @@ SHARES = {1: [11], 2: [4, 7], 3: [2, 4, 5]}  # pairs of each process
 MINI_BATCH_SIZES = {1: 4, 2: 3, 3: 3}  # which cut a share into mini-batches of different sizes
 STEPS = 10  # of AdamW; some cases take two
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
+
+
+class ToyPart(ObjectivePart):
+    """A part with a parameter for the rows, one for the loss, a buffer, and rows of nested tensors."""
+
+    name = "toy"
+
+    def __init__(self):
+        super().__init__(weight=0.5)
+        generator = torch.Generator().manual_seed(5)
+        self.projection = torch.nn.Parameter(torch.randn(24, 3, generator=generator, dtype=torch.float64))
+        self.scale = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+
+    def rows(self, model, outputs, inputs):
+        tokens = outputs.vision_model_output.last_hidden_state  # (R, 1 + M, D)
+        return {"image": [outputs.image_embeds @ self.projection], "tokens": (tokens.square(), None), "n": inputs["n"]}
+
+    def forward(self, model, rows, columns):
+        scores = rows["image"][0] @ columns["image"][0].t() * self.scale  # (R, C)
+        sizes = rows["tokens"][0].mean(dim=(1, 2)) * columns["tokens"][0].mean()  # (R,)
+        return {"toy_loss": scores.logsumexp(dim=1).mean() + (sizes * rows["n"]).mean()}
+
+    input_names = ("n",)
+
+    def on_step_end(self, model):
+        self.num_steps += 1
 
 
 def cases(world_size: int, quick: bool) -> dict[str, dict]:
@@ -43,6 +72,8 @@ def cases(world_size: int, quick: bool) -> dict[str, dict]:
         "plain, duplicates": duplicates,
         "mini-batches": split,
         "mini-batches, duplicates": {**duplicates, **split},
+        "plain, toy part": {"toy": True},
+        "mini-batches, toy part": {"toy": True, **split},
     }
     if world_size == 2:
         both = {**duplicates, **split, "steps": 2}
@@ -54,9 +85,17 @@ def cases(world_size: int, quick: bool) -> dict[str, dict]:
             "mini-batches, duplicates, checkpointing": {**both, "activation_checkpointing": True},
             "plain, duplicates, FSDP2": {**duplicates, "steps": 2, **FSDP},
             "mini-batches, duplicates, accumulated, FSDP2": {**accumulated, **FSDP},
+            "plain, toy part, FSDP2": {"toy": True, "steps": 2, **FSDP},
+            "mini-batches, accumulated, toy part, FSDP2": {"toy": True, **accumulated, **FSDP},
+        }
+    if world_size == 3:
+        chosen |= {
+            "plain, toy part, FSDP2": {"toy": True, "steps": 2, **FSDP},
+            "mini-batches, toy part, FSDP2": {"toy": True, "steps": 2, **split, **FSDP},
         }
     if quick:
-        chosen |= {name: {**chosen[name], "steps": 2} for name in ("plain", "plain, duplicates", "mini-batches")}
+        short = ("plain", "plain, duplicates", "mini-batches", "plain, toy part", "mini-batches, toy part")
+        chosen |= {name: {**chosen[name], "steps": 2} for name in short}
     return chosen
 
 
@@ -73,7 +112,7 @@ def make_batch(duplicates: bool, seed: int = 0) -> dict[str, torch.Tensor]:
     if duplicates:  # of a caption and of an image, with two and with three processes in different ones
         batch["input_ids"][10], batch["attention_mask"][10] = batch["input_ids"][0], batch["attention_mask"][0]
         image_ids[9] = image_ids[1]
-    return {**batch, "image_ids": image_ids}
+    return {**batch, "image_ids": image_ids, "n": torch.arange(NUM_PAIRS).double()}
 
 
 def share_of(batch: dict[str, torch.Tensor], rank: int, world_size: int) -> dict[str, torch.Tensor]:
@@ -85,7 +124,13 @@ def share_of(batch: dict[str, torch.Tensor], rank: int, world_size: int) -> dict
     return {**share, "names": ["?"] * len(share["image_ids"]), "skipped": [], "num_truncated": 0}
 
 
-def make_trainer(model: MLIPModel, **arguments) -> MLIPTrainer:
+class ModelLossesOnly(ModelLosses):
+    """The model's losses on batches that also hold the toy part's input."""
+
+    input_names = ("n",)
+
+
+def make_trainer(model: MLIPModel, toy: bool = False, **arguments) -> MLIPTrainer:
     """A trainer that is ready for `training_step`."""
     args = MLIPTrainingArguments(
         "unused",
@@ -96,7 +141,14 @@ def make_trainer(model: MLIPModel, **arguments) -> MLIPTrainer:
         per_device_train_batch_size=NUM_PAIRS,
         **arguments,
     )
-    trainer = MLIPTrainer(model, args, train_dataset=[None] * 99, processor=SimpleNamespace(tokenizer=None))
+    objective = Objective([ModelLossesOnly(args.token_loss_scope), *([ToyPart()] if toy else [])])
+    trainer = MLIPTrainer(
+        model,
+        args,
+        train_dataset=[None] * 99,
+        processing_class=SimpleNamespace(tokenizer=None),
+        objective=objective,
+    )
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     if args.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -119,27 +171,40 @@ def accumulate(trainer: MLIPTrainer, batches: list[dict[str, torch.Tensor]]) -> 
                 trainer.training_step(trainer.model_wrapped, share)
 
 
+def step(trainer: MLIPTrainer) -> None:
+    """The optimizer step, as `Trainer` runs it."""
+    trainer.optimizer.step()
+    trainer.finish_step()
+    trainer.optimizer.zero_grad()
+
+
+def parameters_of(model: torch.nn.Module, objective: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {**dict(model.named_parameters()), **dict(objective.named_parameters())}
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def run_case(
-    duplicates: bool = False, steps: int = STEPS, group_size: int | None = None, **arguments
+    duplicates: bool = False, steps: int = STEPS, group_size: int | None = None, toy: bool = False, **arguments
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Gradients of the first step and weights after the last one."""
     AcceleratorState._reset_state()
-    trainer = make_trainer(make_model(group_size=group_size), **arguments)
+    trainer = make_trainer(make_model(group_size=group_size), toy, **arguments)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     assert isinstance(model, FSDPModule) == ("fsdp" in arguments)
+    parameters = parameters_of(model, trainer.training_objective)
     gradients = {}
-    for step in range(steps):
-        seeds = range(step, step + arguments.get("gradient_accumulation_steps", 1))
+    for number in range(steps):
+        seeds = range(number, number + arguments.get("gradient_accumulation_steps", 1))
         accumulate(trainer, [make_batch(duplicates, seed) for seed in seeds])
-        if step == 0:
-            gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-    return {"gradients": gradients, "weights": {name: whole(weight) for name, weight in model.named_parameters()}}
+        if number == 0:
+            gradients = {name: whole(parameter.grad) for name, parameter in parameters.items()}
+        step(trainer)
+    if toy:
+        assert int(trainer.training_objective.parts["toy"].num_steps) == steps
+    return {"gradients": gradients, "weights": {name: whole(weight) for name, weight in parameters.items()}}
 
 
 def let_accelerate_shard_on_the_cpu() -> None:
@@ -182,11 +247,17 @@ def reference(
     group_size: int | None = None,
     gradient_accumulation_steps: int = 1,
     local_tokens_of: int | None = None,
+    toy: bool = False,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The same by one plain batch in one process, without trainer, wrapper, exchange or mini-batch."""
     model = make_model(group_size=group_size)
-    no_decay = [parameter for name, parameter in model.named_parameters() if any(part in name for part in NO_DECAY)]
-    decay = [parameter for name, parameter in model.named_parameters() if not any(part in name for part in NO_DECAY)]
+    part = ToyPart()
+    parameters = parameters_of(model, Objective([part] if toy else [ModelLosses()]))
+    has_no_decay = {
+        name for name, p in parameters.items() if any(word in name for word in NO_DECAY) or name == "parts.toy.scale"
+    }
+    no_decay = [parameter for name, parameter in parameters.items() if name in has_no_decay]
+    decay = [parameter for name, parameter in parameters.items() if name not in has_no_decay]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
     gradients = {}
@@ -194,15 +265,21 @@ def reference(
         for seed in range(step, step + gradient_accumulation_steps):
             batch = make_batch(duplicates, seed)
             if local_tokens_of is not None:
+                del batch["n"]
                 loss = local_token_loss(model, model(**batch, return_pairs=True).pairs, local_tokens_of)
             else:
-                loss = model(**batch, return_loss=True).loss
+                n = batch.pop("n")
+                outputs = model(**batch, return_loss=True)
+                loss = outputs.loss
+                if toy:
+                    rows = part.rows(model, outputs, {"n": n})
+                    loss = loss + 0.5 * part(model, rows, rows)["toy_loss"]
             (loss / gradient_accumulation_steps).backward()
         if step == 0:
-            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+            gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         optimizer.step()
         optimizer.zero_grad()
-    return {"gradients": gradients, "weights": {name: whole(weight) for name, weight in model.named_parameters()}}
+    return {"gradients": gradients, "weights": {name: whole(weight) for name, weight in parameters.items()}}
 
 
 def reference_of(case: dict, world_size: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -257,16 +334,15 @@ def test_dropout_of_the_second_pass_is_that_of_the_first():
 
     plain = make_model(dropout=0.3)  # the same mini-batches, all their graphs kept
     torch.manual_seed(seed)
-    parts = [plain(**mini_batch, return_pairs=True).pairs for mini_batch in split_batch(batch, 4)]
-    assert torch.equal(torch.rand(3), drawn_after)  # the second pass draws nothing of its own
-    tokens = parts[0].tokens._make(torch.cat(tensors) for tensors in zip(*(part.tokens for part in parts), strict=True))
-    instance = [torch.cat(tensors) for tensors in zip(*(part[:5] for part in parts), strict=True)]
-    plain.compute_losses(PairEmbeddings(*instance, tokens=tokens))["loss"].backward()
+    del batch["n"]
+    parts = [plain(**mini_batch, return_pairs=True).pairs for mini_batch in split_rows(batch, 3)]
+    assert torch.equal(torch.rand(3), drawn_after)  # the second pass draws no random numbers of its own
+    plain.compute_losses(join_rows(parts))["loss"].backward()
     gradients = [{name: parameter.grad for name, parameter in m.named_parameters()} for m in (model, plain)]
     assert largest_difference(*gradients) < 1e-12
     before = gradients[0]["visual_projection.weight"].clone()
     trainer.optimizer.zero_grad()
-    accumulate(trainer, [batch])  # other random numbers, other gradients
+    accumulate(trainer, [make_batch(duplicates=True)])  # other random numbers, other gradients
     assert (model.visual_projection.weight.grad - before).abs().max() > 1e-4
 
 

@@ -18,7 +18,8 @@ from transformers import AutoModel
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from modeling_mlip.training.arguments import MLIPTrainingArguments
-from modeling_mlip.training.train import build_config, parse_arguments
+from modeling_mlip.training.flags import parse_arguments
+from modeling_mlip.training.starting_point import build_config
 from modeling_mlip.training.trainer import MLIPTrainer
 
 RECIPES = ROOT / "recipes"
@@ -54,10 +55,10 @@ def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(en
 
 
 def test_fsdp_where_accelerate_would_leave_it_out_is_refused():
-    args = SimpleNamespace(fsdp=True, device=torch.device("cpu"))
+    args = SimpleNamespace(fsdp=True, device=torch.device("cpu"), start_merge_ratio=None, mini_batch_size=None)
     trainer = SimpleNamespace(model=small_model(), is_fsdp_enabled=False, is_deepspeed_enabled=False, args=args)
-    with pytest.raises(ValueError, match="--fsdp.*does not shard on cpu"):
-        MLIPTrainer._fit_parallel_wrappers(trainer)
+    with pytest.raises(ValueError, match="fsdp=True.*does not shard on cpu"):
+        MLIPTrainer._prepare_model(trainer)
 
 
 # Recipes
@@ -87,7 +88,9 @@ def test_every_flag_of_a_recipe_parses(recipe, tmp_path, monkeypatch):
             assert call[start - 3 : start] == ["-m", "modeling_mlip.hub.cli", "train"]
         # What only a GPU allows is checked as if it were a CPU's.
         model_args, data_args, training_args, overrides = parse_arguments([*call[start:], "--use_cpu"])
-        config = build_config(model_args, overrides)
+        config = build_config(
+            model_name_or_path=model_args.model_name_or_path, config_name=model_args.config_name, overrides=overrides
+        )
         assert config.merge_ratio == 0.5
         assert data_args.streaming and training_args.max_steps > 0 and training_args.bf16
         assert data_args.train_file.endswith("/*.tar")

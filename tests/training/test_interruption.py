@@ -142,7 +142,7 @@ def test_a_full_disk_before_the_first_checkpoint_says_to_start_again(root, tmp_p
 
 def test_an_older_checkpoint_goes_only_when_the_newer_has_its_name(root, tmp_path, monkeypatch):
     folder, seen = tmp_path / "run", []
-    rotate, flush = MLIPTrainer._rotate, checkpoint._flush
+    rotate, flush = MLIPTrainer._remove_old_checkpoints, checkpoint._flush
 
     def watch(name, function):
         def watched(*args):
@@ -151,7 +151,7 @@ def test_an_older_checkpoint_goes_only_when_the_newer_has_its_name(root, tmp_pat
 
         return watched
 
-    monkeypatch.setattr(MLIPTrainer, "_rotate", watch("rotate", rotate))
+    monkeypatch.setattr(MLIPTrainer, "_remove_old_checkpoints", watch("rotate", rotate))
     monkeypatch.setattr(checkpoint, "_flush", watch("flush", flush))
     assert run(root, folder, "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "1") == 0
     assert seen[:4] == [
@@ -180,8 +180,8 @@ def test_the_best_checkpoint_is_known_by_its_final_name(root, tmp_path):
 def test_what_is_no_checkpoint_is_refused_with_the_last_one_there_is(finished, root, capfd):
     streamed, folder = finished
     for wrong, missing in (
-        (folder / "checkpoint-8", "no trainer_state.json and no weights and no random states"),
-        (folder, "no random states"),
+        (folder / "checkpoint-8", "no trainer_state.json and no weights and no optimizer and no random states"),
+        (folder, "no optimizer and no random states"),
     ):
         assert run(root, folder, "--resume_from_checkpoint", str(wrong), streamed=streamed) == 1
         error = capfd.readouterr().err
