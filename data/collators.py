@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Collators: items of image-caption pairs to batches of tensors, for training and for evaluation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,12 @@ from .items import stable_hash
 def tokenize(
     tokenizer: CLIPTokenizer, captions: list[str], max_seq_length: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """T captions to input_ids and attention_mask, int64 (T, L) padded to the longest, and how many were cut.
+    """Tokenize T captions.
 
-    A caption of more than `max_seq_length` tokens loses its last words, never BOS or EOS.
+    A caption of more than `max_seq_length` tokens loses its last tokens before EOS; BOS and EOS stay.
+
+    Returns:
+        input_ids and attention_mask, int64 (T, L), padded to the longest caption, and the number of shortened captions.
     """
     encoded = tokenizer(captions, verbose=False)["input_ids"]
     num_truncated = sum(len(ids) > max_seq_length for ids in encoded)
@@ -28,12 +31,17 @@ def tokenize(
 
 @dataclass
 class PairCollator:
-    """Items to a batch of B images and T captions (in training B = T pairs: an image comes once for each caption).
+    """Makes a batch of B images and T captions. In training B = T: an image is repeated for each of its captions.
 
-    pixel_values float (B, 3, H, W); input_ids, attention_mask int64 (T, L); image_ids int64 (B,), equal for equal
-    images; names, a list that says where each image lies; skipped, a list of "where: why" of the rows of no use;
-    num_truncated, an int; of a stream also position, {worker: (pass, rows read)} of the one that read the batch. A
-    batch that a stream skips is empty.
+    A batch holds
+        pixel_values: float (B, 3, H, W)
+        input_ids, attention_mask: int64 (T, L)
+        image_ids: int64 (B,), equal for equal images
+        names: list of str, the place of each image in the data set
+        skipped: list of "place: reason", one for each row that cannot be used
+        num_truncated: number of captions that were shortened
+        position: in training on a stream, {worker: (pass, rows read)} of the worker that read the batch
+    The batches that a resumed stream skips are empty dictionaries.
     """
 
     tokenizer: CLIPTokenizer
@@ -51,7 +59,7 @@ class PairCollator:
         items = [item for item in items if "error" not in item]
         if not items:
             raise ValueError(
-                f"Not one pair of a whole batch can be used: {'; '.join(skipped[:5])}. Repair or remove them."
+                f"No pair of a batch of {len(skipped)} can be used: {'; '.join(skipped[:5])}. Repair or remove them."
             )
         captions = [caption for item in items for caption in item["captions"]]
         items = self.rows(items)
@@ -68,13 +76,18 @@ class PairCollator:
         }
 
     def rows(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The item of each image of the batch."""
+        """Return the item of each image of the batch."""
         return [item for item in items for _ in item["captions"]]
 
 
 class EvaluationCollator(PairCollator):
-    """The same with all captions of each image, caption_image int64 (T,): the row of each caption's image, and kept
-    int64 (B,): the place of each image among the items. A batch in which nothing is of use has B = T = 0."""
+    """Makes a batch of B images and all their T captions.
+
+    Beside the entries of `PairCollator`, a batch holds
+        caption_image: int64 (T,), the row of each caption's image in the batch
+        kept: int64 (B,), the index of each image among the items
+    If no item can be used, B = T = 0.
+    """
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         kept = torch.tensor([place for place, item in enumerate(items) if "error" not in item], dtype=torch.int64)

@@ -1,133 +1,91 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Data sets of image-caption pairs for a dataloader: rows to items, by index or as a stream.
+
+A row that cannot be used becomes an item with its place and the reason, so that collators can list it and
+`SkipBudget` can count it.
+"""
 
 import copy
 import hashlib
-import io
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
-import fsspec
-import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.transforms import v2
-from transformers import CLIPImageProcessor, CLIPProcessor
+from PIL import Image, UnidentifiedImageError
+from transformers import CLIPProcessor
 
-from .columns import find_columns
+from .columns import find_columns, get_cell, read_captions
+from .images import augmentation, convert_to_rgb, image_transform, read_image
 
-SHUFFLE_BUFFER = 1000  # pairs of a stream, still encoded
-
-
-FAIR_SHARDS = 16  # shards of each process from which on one more or less makes no difference
+SHUFFLE_BUFFER = 1000  # rows of a stream, with their images still encoded
+MIN_SHARDS_PER_PROCESS = 16  # with as many, it hardly matters that some processes get one more than others
+CAPTION_POLICIES = ("first", "random", "all")
 
 
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same rows with every image as {"bytes", "path"}, so that a broken one does not raise inside datasets."""
+    """Return the same rows with each image as {"bytes", "path"}, so that datasets does not raise on a broken image."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
+        dataset = dataset.with_format(None)  # "torch" or "numpy" would decode the images all the same
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
     return dataset
 
 
-def _cell(row: dict[str, Any], column: str) -> Any:
-    outer, _, inner = column.partition(".")
-    return row[column] if column in row else row[outer][inner]
-
-
-def read_captions(value: Any) -> list[str]:
-    """The captions in one cell: a string, the bytes of one, or a list of these; the empty ones are left out."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    captions = [
-        caption.decode() if isinstance(caption, bytes) else caption for caption in values if caption is not None
-    ]
-    for caption in captions:
-        if not isinstance(caption, str):
-            raise TypeError(f"a caption is of type {type(caption).__name__}, not a string")
-    return [caption.strip() for caption in captions if caption.strip()]
-
-
-def read_image(data: bytes | None, path: str | None) -> Image.Image:
-    """Decode an image to RGB: upright by its EXIF orientation, on white where it is transparent."""
-    if data is None:
-        if not path:
-            raise ValueError("there is no image")
-        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
-            data = file.read()
-    image: Image.Image = Image.open(io.BytesIO(data))
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def stable_hash(text: str | bytes) -> int:
-    """A signed 64-bit number that is the same in every process and run."""
+    """Return a signed 64-bit hash that is the same in every process and run."""
     data = text.encode() if isinstance(text, str) else text
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
-def image_transform(image_processor: CLIPImageProcessor) -> Callable[[Image.Image | torch.Tensor], torch.Tensor]:
-    """One image, PIL or uint8 (3, H, W), to the pixel values (3, H, W) that the processor gives."""
+def split_image_cell(value: Any) -> tuple[bytes | None, str | None]:
+    """Return the bytes and the path of an image cell: a path or URL, bytes, or a dictionary of both.
 
-    def transform(image: Image.Image | torch.Tensor) -> torch.Tensor:
-        return image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-    return transform
-
-
-class Augmentation(torch.nn.Module):
-    """What training does to a PIL image before `image_transform`, as uint8 (3, S, S); mild enough for drawings.
-
-    There is no flip: captions say left and right.
+    Raises:
+        TypeError: if the cell holds anything else, such as a list of images.
     """
-
-    def __init__(self, image_size: int, shift: float, scale: float, brightness: float, contrast: float):
-        super().__init__()
-        self.image_size = image_size
-        self.shift, self.scale, self.brightness, self.contrast = shift, scale, brightness, contrast
-
-    def forward(self, image: Image.Image) -> torch.Tensor:
-        pixels = v2.functional.pil_to_tensor(image)
-        _, H, W = pixels.shape
-        down, right, zoom, brightness, contrast = torch.empty(5).uniform_(-1, 1).tolist()
-
-        # Step (1): a square window around the middle, moved and scaled; beyond the image its edge goes on.
-        side = min(H, W)
-        window = round(side / (1 + self.scale * zoom))
-        top = round((H - window) / 2 + self.shift * down * side)
-        left = round((W - window) / 2 + self.shift * right * side)
-        rows = torch.arange(top, top + window).clamp(0, H - 1)
-        columns = torch.arange(left, left + window).clamp(0, W - 1)
-        pixels = pixels.index_select(1, rows).index_select(2, columns)
-        size = [self.image_size, self.image_size]
-        pixels = v2.functional.resize(pixels, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True).float()
-
-        # Step (2): brighter or darker, then more or less contrast around the mean. torchvision's ColorJitter does the
-        # same at ten times the cost: on small images its floor wakes all threads.
-        brightness, contrast = 1 + self.brightness * brightness, 1 + self.contrast * contrast
-        offset = pixels.mean().item() * brightness * (1 - contrast)
-        return pixels.mul_(brightness * contrast).add_(offset + 0.5).clamp_(0, 255).to(torch.uint8)
+    if isinstance(value, dict):
+        return value.get("bytes"), value.get("path")
+    if isinstance(value, str):
+        return None, value
+    if value is None or isinstance(value, bytes):
+        return value, None
+    raise TypeError(f"an image is of type {type(value).__name__}, not a path, bytes or a PIL image")
 
 
-def augmentation(image_size: int) -> Augmentation:
-    return Augmentation(image_size, shift=1 / 8, scale=0.15, brightness=0.2, contrast=0.2)
+def read_image_cell(value: Any) -> tuple[Image.Image, str]:
+    """Read an image cell; return the RGB image and an id that is equal for equal images.
+
+    A PIL image, as a decoded column holds, is read as it is.
+    """
+    if isinstance(value, Image.Image):
+        image = convert_to_rgb(value)
+        return image, f"{stable_hash(image.tobytes()):x}"
+    data, path = split_image_cell(value)
+    image = read_image(data, path)
+    return image, str(path) if data is None else f"{stable_hash(data):x}"
 
 
 class _Pairs:
-    """Makes the item of one row, for the two data sets below.
+    """Turns rows into items; the base class of the two data sets below.
 
-    An item is {"pixel_values": float (3, H, W), "captions": list of str, "image_id": str, "where": str}: in training
-    the captions that the policy takes ("first", one at "random", or "all"), all in evaluation; equal ids are equal
-    images. A row of no use is {"where": str, "error": str} instead.
+    An item is {"pixel_values": float (3, H, W), "captions": list of str, "image_id": str, "where": str}. In training
+    "captions" holds those that the policy takes, in evaluation all of them. "image_id" is equal for equal images. A row
+    that cannot be used gives {"where": str, "error": str} instead.
+
+    Args:
+        dataset: the rows.
+        image_column: name of the image column, as `find_columns` returns it.
+        caption_column: name of the caption column, as `find_columns` returns it.
+        transform: maps an RGB PIL image, or what `augmentation` returns, to pixel values (3, H, W).
+        training: whether to augment images and to apply the caption policy.
+        seed: seed of all random choices.
+        augmentation: changes an RGB PIL image at random; None for no augmentation.
+        caption_policy: which captions training takes: "first", one at "random" in each epoch, or "all".
     """
 
     def __init__(
@@ -141,6 +99,8 @@ class _Pairs:
         augmentation: Callable[[Image.Image], Any] | None = None,
         caption_policy: str = "random",
     ):
+        if caption_policy not in CAPTION_POLICIES:
+            raise ValueError(f"caption_policy={caption_policy!r}: choose one of {', '.join(CAPTION_POLICIES)}.")
         self.dataset = undecoded(dataset)
         self.image_column = image_column
         self.caption_column = caption_column
@@ -149,39 +109,44 @@ class _Pairs:
         self.seed = seed
         self.augmentation = augmentation
         self.caption_policy = caption_policy
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+        # In shared memory, so that persistent workers see each new epoch, however they were started.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, on which the random choices of training depend."""
         self._epoch.fill_(epoch)
 
     def item(self, row: dict[str, Any], where: str, epoch: int, key: str | None = None) -> dict[str, Any]:
-        """The item of a row that lies `where`; its random choices follow from the seed, the epoch and the key, which is
-        the image's id if not given."""
+        """Return the item of one row.
+
+        Args:
+            where: place of the row, for messages.
+            key: what the random choices depend on, besides the seed and the epoch; the image's id if None.
+        """
         value = row[self.image_column]
-        value = value if isinstance(value, dict) else {"path": value} if isinstance(value, str) else {"bytes": value}
-        data, path = value.get("bytes"), value.get("path")
         try:
-            captions = read_captions(_cell(row, self.caption_column))
+            captions = read_captions(get_cell(row, self.caption_column))
             if not captions:
                 raise ValueError("the caption is empty")
-            image = read_image(data, path)
+            image, image_id = read_image_cell(value)
         except Exception as error:
+            path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
             return {"where": f"{where} ({path})" if path else where, "error": one_line(error)}
 
-        image_id = path if data is None else f"{stable_hash(data):x}"
+        pixels: Any = image
         if self.training:
-            # The CPU generator alone: torch.manual_seed would reset the model's dropout on an accelerator as well.
+            # Only the generator of the CPU: torch.manual_seed would also reset the dropout of the model on its device.
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(stable_hash(f"{self.seed} {epoch} {key or image_id}"))
                 chosen = int(torch.randint(len(captions), ()))
                 captions = {"first": captions[:1], "random": [captions[chosen]], "all": captions}[self.caption_policy]
                 if self.augmentation is not None:
-                    image = self.augmentation(image)
-        return {"pixel_values": self.transform(image), "captions": captions, "image_id": image_id, "where": where}
+                    pixels = self.augmentation(image)
+        return {"pixel_values": self.transform(pixels), "captions": captions, "image_id": image_id, "where": where}
 
 
 class PairDataset(_Pairs, torch.utils.data.Dataset):
-    """Items by index."""
+    """Items of a data set with a length, by index."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -191,24 +156,24 @@ class PairDataset(_Pairs, torch.utils.data.Dataset):
 
 
 def split_by_process(dataset: IterableDataset, rank: int, world_size: int) -> IterableDataset:
-    """The share of one of `world_size` processes: no row belongs to two, every row to one.
+    """Return the rows of one of `world_size` processes; each row belongs to exactly one process.
 
-    Whole shards where they can be dealt out evenly or are many; otherwise every `world_size`-th row of all shards,
-    which every process then reads, though decodes only its own.
+    Processes get whole shards if `world_size` divides the number of shards, or if there are many. Otherwise each reads
+    all shards and decodes every `world_size`-th row.
     """
-    shards = dataset.num_shards
-    whole = shards % world_size == 0 or shards >= FAIR_SHARDS * world_size
-    return split_dataset_by_node(dataset, rank, world_size, strategy="shards" if whole else "examples")
+    num_shards = dataset.num_shards
+    whole_shards = num_shards % world_size == 0 or num_shards >= MIN_SHARDS_PER_PROCESS * world_size
+    return split_dataset_by_node(dataset, rank, world_size, strategy="shards" if whole_shards else "examples")
 
 
 class StreamedPairDataset(_Pairs, torch.utils.data.IterableDataset):
-    """Items of a stream, its shards spread over the processes and over the dataloader's workers.
+    """Items of a stream, whose shards are divided among the processes and the workers of the dataloader.
 
-    In evaluation it is one pass in order. In training it is pass after pass without an end, so that every process
-    always has a next batch, whatever it was dealt: the run needs a number of steps. Each pass shuffles the shards, who
-    reads them, and a buffer of rows; it shows every row once. Who was dealt fewer rows begins his next pass earlier.
+    In evaluation it is one pass in order. In training it never ends, so that each process always has a next batch; the
+    number of steps ends the run. Each pass yields each row once. It shuffles the shards, their assignment to workers,
+    and a buffer of rows. Workers with fewer rows start the next pass sooner.
 
-    An item of training says as "position": (worker, pass, rows of the pass read) where its reader stands.
+    In training an item also holds "position": (worker, pass, rows of this pass that the worker has read).
     """
 
     def __init__(self, dataset: IterableDataset, *args: Any, **kwargs: Any):
@@ -219,21 +184,26 @@ class StreamedPairDataset(_Pairs, torch.utils.data.IterableDataset):
 
     @property
     def num_shards(self) -> int:
-        """How many workers find something to read."""
+        """Number of shards, which is the largest number of workers that have rows to read."""
         return self.dataset.num_shards
 
     def for_process(self, rank: int, world_size: int) -> "StreamedPairDataset":
-        """The share of one process."""
+        """Return a copy that yields the items of one process."""
         share = copy.copy(self)
         share.dataset = split_by_process(self.dataset, rank, world_size)
         share.process = rank
         return share
 
     def resume(self, positions: dict[int, tuple[int, int]], batches: int, batch_size: int) -> None:
-        """Go on where the workers stood after so many batches: worker -> (pass, rows of the pass read).
+        """Continue a stream after `batches` batches.
 
-        The next iteration begins with as many batches of `None`: who skips the batches of a run that he resumes then
-        skips what costs nothing. Rows that were read are passed over still encoded, back to the start of their pass.
+        The next iteration yields that many batches of `None` first, because a trainer skips the batches that it has
+        trained on. Rows that were read before are skipped without decoding their images.
+
+        Args:
+            positions: worker -> (pass, rows of this pass that it has read).
+            batches: number of batches that were read.
+            batch_size: items in each.
         """
         self._positions, self._skipped_batches, self._batch_size = dict(positions), batches, batch_size
 
@@ -244,13 +214,13 @@ class StreamedPairDataset(_Pairs, torch.utils.data.IterableDataset):
             for count, row in enumerate(self.dataset):
                 yield self.item(row, _where(row, f"row {count} of worker {worker}"), epoch=0)
             return
-        # Workers take turns, a batch each.
+        # Workers take turns: one batch each.
         yield from itertools.repeat(None, len(range(worker, self._skipped_batches, num_workers)) * self._batch_size)
         first, start = self._positions.get(worker, (int(self._epoch), 0))
         for number in itertools.count(first):
             reader = f"of worker {worker} of process {self.process} in pass {number}"
-            # The seed changes rather than the epoch of the data set, which workers share while one is ahead of another.
-            # One shard after another: datasets reads several in threads, and then ends each pass with a pause of 5 s.
+            # A new seed for each pass, not a new epoch of the data set: workers share its epoch and may be in different
+            # passes. One shard at a time, because datasets reads several in threads and then waits 5 s at the end.
             seed = abs(stable_hash(f"{self.seed} {number}"))
             rows = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
             count = 0
@@ -260,22 +230,40 @@ class StreamedPairDataset(_Pairs, torch.utils.data.IterableDataset):
                     yield {**item, "position": (worker, number, count)}
             if count == 0:
                 raise ValueError(
-                    f"Nothing to read for worker {worker} of process {self.process}: the stream has fewer rows than "
-                    "readers, or its shards are empty; use fewer of --dataloader_num_workers and processes."
+                    f"Worker {worker} of process {self.process} has no rows to read: the stream has fewer rows than "
+                    "there are workers in all, or its shards are empty; use fewer dataloader workers or processes."
                 )
             start = 0
 
 
 def _where(row: dict[str, Any], place: str) -> str:
-    """Where a row of a stream lies: in a tar shard its name there, which later passes find again."""
+    """Return the place of a row of a stream: its key and shard if it comes from a tar, since these never change."""
     return f"{row['__key__']} of {row['__url__']}" if row.get("__url__") else place
 
 
 def one_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its class if it has no text."""
     if isinstance(error, UnidentifiedImageError):
-        return "this is not an image of a known format"  # PIL's own text holds an address
+        return "this is not an image of a known format"  # PIL's own text holds a memory address
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
+
+
+def set_epoch(dataset: Any, epoch: int) -> None:
+    """Set the epoch of each data set inside `dataset` that has one.
+
+    It looks through the wrappers of torch, such as Subset and ConcatDataset: everything with the attribute `dataset`,
+    or `datasets` with a list.
+    """
+    if callable(getattr(dataset, "set_epoch", None)):
+        dataset.set_epoch(epoch)
+        return
+    wrapped = [getattr(dataset, "dataset", None)]
+    several = getattr(dataset, "datasets", None)
+    wrapped += list(several.values()) if isinstance(several, dict) else list(several or ())
+    for inner in wrapped:
+        if inner is not None and inner is not dataset:
+            set_epoch(inner, epoch)
 
 
 def build_pairs(
@@ -289,10 +277,20 @@ def build_pairs(
     augment: bool = True,
     caption_policy: str = "random",
 ) -> PairDataset | StreamedPairDataset:
-    """The items of a split, decoded, and in training augmented.
+    """Return the items of a split for the trainer or for evaluation.
+
+    Args:
+        rows: as `load_pairs` returns them.
+        processor: its image processor makes the pixel values.
+        training: whether to augment images and to apply the caption policy.
+        seed: seed of all random choices.
+        image_column: name of the image column; found by its usual names if None.
+        caption_column: name of the caption column; found by its usual names if None.
+        augment: whether training augments images.
+        caption_policy: which captions training takes: "first", one at "random" in each epoch, or "all".
 
     Raises:
-        ValueError: if it has no columns of images and captions.
+        ValueError: if there is no image column or no caption column, or the policy is unknown.
     """
     kind = PairDataset if isinstance(rows, Dataset) else StreamedPairDataset
     image_size = processor.image_processor.crop_size["height"]

@@ -1,12 +1,12 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""The embedded data set: textured shapes with captions, drawn here, for the demo and the tests.
+"""The built-in data set: drawn shapes with textures and captions, for the demo and the tests.
 
-An image holds one shape on a grey, noisy background. Shape, colour, size and place can be told from low frequencies,
-the texture (coarse, medium or fine stripes) from the spatial frequency alone: within each shape the stripes are
-normalised to mean 0 and one contrast, so neither the colour nor the contrast gives it away.
+Each image shows one shape on a grey, noisy background. Low frequencies show its shape, colour, size and place. Only the
+spatial frequency shows its texture (coarse, medium or fine stripes): within each shape the stripes have mean 0 and one
+contrast, so neither the mean colour nor the contrast depends on the texture.
 
-Combinations of shape, colour and texture are held out: the validation split holds only such as training never shows,
-while training shows every pair of values.
+The validation split holds combinations of shape, colour and texture that the train split does not contain. The train
+split contains each pair of values of two of these attributes.
 """
 
 import io
@@ -26,19 +26,18 @@ PROMPTS: dict[str, str] = {
     "texture": "a shape with {} stripes",
 }
 
-# Every channel keeps clear of 0 and 1, so that stripes and noise are not clipped.
+# No channel is close to 0 or 1, so that stripes and noise are not clipped.
 COLOURS = np.array(
     [[0.75, 0.3, 0.3], [0.3, 0.65, 0.3], [0.3, 0.35, 0.75], [0.72, 0.68, 0.3], [0.6, 0.3, 0.68], [0.3, 0.68, 0.68]],
     dtype=np.float32,
 )
-PERIODS = np.array(
-    [0.2, 0.1, 0.05], dtype=np.float32
-)  # of the stripes, in image sides; in the order of ATTRIBUTES["texture"]
+# Periods of the stripes as fractions of the image side, in the order of ATTRIBUTES["texture"].
+PERIODS = np.array([0.2, 0.1, 0.05], dtype=np.float32)
 STRIPE_CONTRAST = 0.12  # standard deviation of the stripes within the shape
 NOISE = 0.02
 
 SIZES = ("small", "large")
-RADII = np.array([[0.18, 0.21], [0.27, 0.31]])  # lowest and highest, in image sides
+RADII = np.array([[0.18, 0.21], [0.27, 0.31]])  # smallest and largest, as fractions of the image side
 PLACES = (
     *("at the top left", "at the top", "at the top right"),
     *("on the left", "in the centre", "on the right"),
@@ -49,14 +48,14 @@ FULL_WORDINGS = (
     "{place} a {size} {colour} {shape} with {texture} stripes",
     "a {colour} {shape} with {texture} stripes, {size}, {place}",
 )
-# Training alone sees these; they teach the words of PROMPTS, and that shape and texture matter where colour, size and
-# place would tell most pairs apart.
+# Only the train split has these captions. They contain the words of PROMPTS. They also make shape and texture matter,
+# since full captions mostly differ in colour, size or place.
 SHORT_WORDINGS = ("a {shape} with stripes", "a {colour} shape with stripes", "a shape with {texture} stripes")
 SHORT_SHARE = 0.5
 
 
 def held_out(shape: np.ndarray, colour: np.ndarray, texture: np.ndarray) -> np.ndarray:
-    """Whether a combination is kept for validation: for each shape and texture, one colour of six."""
+    """Whether a combination is in the validation split: one colour of six for each shape and texture."""
     return (shape + colour + 2 * texture) % 6 == 0
 
 
@@ -65,14 +64,26 @@ def shapes_dataset(
 ) -> DatasetDict:
     """Draw the data set.
 
-    No two of up to 324 validation images show the same combination, size and place, so retrieval among them is well
-    posed. Training shows each of its 1620 scenes once before any comes again.
+    There are 324 different scenes (combination, size and place) for the validation split and 1620 for the train split.
+    A split repeats a scene only after it holds all of them, so retrieval among up to 324 validation images has one
+    right answer.
+
+    Args:
+        num_train: number of training images.
+        num_validation: number of validation images.
+        image_size: side of the images in pixels.
+        seed: seed of all random choices.
 
     Returns:
         Splits `train` and `validation` with the columns image, caption, shape, colour, texture.
+
+    Raises:
+        ValueError: if `image_size` is less than 64.
     """
     if image_size < 64:
-        raise ValueError(f"image_size={image_size}: choose at least 64, or the fine stripes vanish.")
+        raise ValueError(
+            f"image_size={image_size}: choose at least 64, because smaller images cannot show the fine stripes."
+        )
     grid = np.meshgrid(*(np.arange(len(ATTRIBUTES[name])) for name in ATTRIBUTES), indexing="ij")
     combinations = np.stack(grid, axis=-1).reshape(-1, 3)
     unseen = held_out(*combinations.T)
@@ -86,7 +97,7 @@ def shapes_dataset(
 def _split(
     num: int, combinations: np.ndarray, image_size: int, rng: np.random.Generator, short_share: float
 ) -> Dataset:
-    # Every (combination, size, place) once, in random order, then again: nothing repeats before all have come.
+    # All scenes in random order, then all of them in another order, and so on.
     scenes = len(combinations) * len(SIZES) * len(PLACES)
     rounds = [rng.permutation(scenes) for _ in range(-(-num // scenes))]
     scene = np.concatenate([*rounds, np.zeros(0, int)])[:num]
@@ -126,7 +137,7 @@ def draw(
     image_size: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Draw B images from indices (B,) into the tables above; uint8 (B, S, S, 3)."""
+    """Draw B images, uint8 (B, S, S, 3), from indices (B,) into the tables at the top of this file."""
     B, S = len(shape), image_size
 
     def uniform(low, high) -> np.ndarray:
@@ -160,7 +171,7 @@ def draw(
     return (pixels * 255 + 0.5).clip(0, 255).astype(np.uint8)
 
 
-# Which points (u, v) lie inside a shape of radius 1; v points down.
+# Whether points (u, v) lie inside a shape of radius 1; v points down.
 
 
 def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -176,7 +187,7 @@ def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # Folded into the wedge between a tip, at (1, 0), and the notch beside it, one straight edge is left.
+    # By symmetry, each point maps to the wedge between a tip, at (1, 0), and the notch next to it. It has one edge.
     half = np.pi / 5
     angle = np.arctan2(u, -v) % (2 * half)
     angle = np.minimum(angle, 2 * half - angle)

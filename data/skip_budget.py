@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Count the rows that cannot be used, and stop a run that skips too many of them."""
 
 from typing import Any
 
@@ -8,36 +8,41 @@ from accelerate.utils import gather_object
 
 
 class SkipBudget:
-    """Counts the rows of no use and stops the run when they are more than a share `budget` of the data set.
+    """Counts skipped rows and raises ValueError if they exceed a fraction `budget` of the data set.
 
-    A row counts once, in however many epochs it comes. A stream has no length: there the share is of the rows seen,
-    judged once `WARM_UP` were, and a row counts each time it comes. One row is always forgiven, unless the budget is 0.
-    Each process judges what it knows; `share` makes all of them know what all have counted.
+    A row counts once, however many epochs read it. A stream has no length: there a row counts each time it is read, the
+    fraction is of the rows read so far, and it is checked after the first `WARM_UP` rows. One row is always allowed,
+    unless the budget is 0. Each process counts its own rows; `share` exchanges the counts.
+
+    Args:
+        budget: largest fraction of skipped rows.
+        num_samples: number of rows of the data set; None for a stream.
     """
 
     WARM_UP = 1000
-    LISTED = 100  # rows of a stream that are remembered
+    LISTED = 100  # number of rows of a stream whose place and reason are kept
 
     def __init__(self, budget: float, num_samples: int | None):
         self.budget = budget
         self.num_samples = num_samples
         self.seen = 0
         self._count = 0
-        self._rows: dict[str, str] = {}  # where -> "where: why"
+        self._rows: dict[str, str] = {}  # place -> "place: reason"
         self._unshared: list[tuple[list[str], int]] = []
 
     @property
     def num_skipped(self) -> int:
+        """Number of rows skipped so far."""
         return self._count if self.num_samples is None else len(self._rows)
 
     def add(self, skipped: list[str], seen: int) -> None:
-        """Count what one batch skipped of the `seen` rows that it was made from."""
+        """Count one batch of `seen` rows; `skipped` holds "place: reason" of those that were skipped."""
         self._count_in(skipped, seen)
         self._unshared.append((skipped, seen))
         self._judge()
 
     def share(self) -> None:
-        """Count what the other processes have added since the last time; to be called by all of them."""
+        """Count what the other processes have added since the last call. All processes must call it together."""
         here, self._unshared = self._unshared, []
         mine = PartialState().process_index
         for process, added in enumerate(gather_object([here])):
@@ -54,7 +59,7 @@ class SkipBudget:
         self._rows |= {entry.split(": ")[0]: entry for entry in skipped}
 
     def judge_whole(self) -> None:
-        """Judge a stream that has come to its end, however short it was."""
+        """Check a stream that has ended, also if it is shorter than `WARM_UP`."""
         self._judge(warm_up=0)
 
     def _judge(self, warm_up: int | None = None) -> None:
@@ -65,12 +70,14 @@ class SkipBudget:
         if self.num_skipped > allowed:
             raise ValueError(
                 f"Skipped {self.num_skipped} of {total} pairs, and the budget of {self.budget:g} allows {allowed}: "
-                f"{'; '.join(list(self._rows.values())[:5])}. Repair or remove them, or raise --skip_budget."
+                f"{'; '.join(list(self._rows.values())[:5])}. Repair or remove them, or choose a larger skip_budget."
             )
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the counts for a checkpoint."""
         return {"skipped": list(self._rows.values()), "count": self._count, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the counts of `state_dict`."""
         self._rows = {entry.split(": ")[0]: entry for entry in state["skipped"]}
         self._count, self.seen = state["count"], state["seen"]

@@ -1,41 +1,50 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Load the splits of a data set from files, a folder, the Hub, or the drawn shapes."""
 
-import glob
-import itertools
+import logging
 import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict
+from PIL import Image as PILImage
 
 from .columns import find_columns, find_image_column
-from .items import one_line, undecoded
+from .file_readers import (
+    EXTENSIONS,
+    TABLES,
+    ReadOptions,
+    is_empty,
+    load_files,
+    load_with_datasets,
+    readable,
+    with_absolute_paths,
+)
 from .shapes import shapes_dataset
+from .source_files import expand_pattern, list_files, report_left_out, split_files
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_SPLITS = ("validation", "val", "valid", "dev", "test")
-
-
-# Extension -> the builder of datasets that reads it, and what that takes. An empty cell of a csv is an empty string,
-# and a caption "None" or "NA" is that word.
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".tar": ("webdataset", {}),
-}
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def load_pairs(
     *, image_column: str | None = None, caption_column: str | None = None, **source: Any
 ) -> DatasetDict | IterableDatasetDict:
-    """Read the splits "train" and "validation" (either may be missing) of image-caption pairs.
+    """Load the splits "train" and "validation" of image-caption pairs; either may be missing.
+
+    Args:
+        image_column: name of the image column; found by its usual names if None.
+        caption_column: name of the caption column; found by its usual names if None.
+        source: the other arguments of `load_splits`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_splits`, or without a caption column.
+        FileNotFoundError, ValueError: as `load_splits`, or if a split has no caption column.
     """
     splits = load_splits(image_column=image_column, captioned=True, **source)
     for dataset in splits.values():
@@ -56,139 +65,246 @@ def load_splits(
     max_eval_samples: int | None = None,
     captioned: bool = False,
 ) -> DatasetDict | IterableDatasetDict:
-    """Read the splits "train" and "validation" (either may be missing) from the one source that the flags name.
+    """Load the splits "train" and "validation" from exactly one source; either split may be missing.
 
-    Relative image paths in a csv, tsv, json or parquet file become relative to the file's folder. With `captioned` a
-    folder of images alone is refused before they are listed; without, the names of its folders are classes.
+    Relative image paths in a table become absolute. They are relative to the folder of a table or metadata file, and
+    in a folder of tables to that folder.
+
+    Args:
+        dataset_name: an id on the Hub, a local folder, or "shapes".
+        dataset_config_name: the configuration of that data set.
+        data_dir: a folder of tar shards, of images with metadata files, of tables, or written by `save_to_disk`; or of
+            images alone, whose folders are their classes.
+        train_file: a csv, tsv, json, jsonl, parquet or tar file, or a pattern of these, to train on.
+        validation_file: the same, to evaluate on.
+        image_column: name of the image column; found by its usual names if None.
+        streaming: load streams, which are read while they are used.
+        max_train_samples: number of rows to keep of the train split.
+        max_eval_samples: number of rows to keep of the validation split.
+        captioned: refuse a folder of images without metadata before its images are listed.
 
     Raises:
-        FileNotFoundError: a folder, file or Hub data set that is not there.
-        ValueError: no source or several, an unreadable or empty one, or one without an image column.
+        FileNotFoundError: if a folder, a file or a data set of the Hub does not exist.
+        ValueError: if there are no or several sources, or one that is unreadable, empty or without an image column.
     """
-    sources = {
-        "--dataset_name": dataset_name,
-        "--data_dir": data_dir,
-        "--train_file/--validation_file": train_file or validation_file,
-    }
-    given = [flag for flag, value in sources.items() if value]
-    if len(given) != 1:
-        raise ValueError(
-            f"Got {' and '.join(given) or 'no source of image-caption pairs'}: give one of {', '.join(sources)} "
-            "('--dataset_name shapes' needs no files)."
-        )
+    parameter, value = _only_source(
+        {
+            "dataset_name": dataset_name,
+            "data_dir": data_dir,
+            "train_file/validation_file": train_file or validation_file,
+        }
+    )
+    options = ReadOptions(image_column, streaming, captioned)
     if dataset_name:
-        found = _load_name(dataset_name, dataset_config_name, image_column, streaming)
+        splits = _load_name(options, dataset_name, dataset_config_name)
     elif data_dir:
-        found = _load_folder(data_dir, captioned, streaming)
+        splits = _load_folder(options, f"data_dir={data_dir}", Path(data_dir))
     else:
         patterns = {"train": train_file, "validation": validation_file}
-        found = {
-            split: _load_files(f"--{split}_file", files, image_column, streaming)
-            for split, files in patterns.items()
-            if files
-        }
+        splits = {name: _load_pattern(options, f"{name}_file", files) for name, files in patterns.items() if files}
 
-    splits = {"train": found["train"]} if "train" in found else {}
-    held_back = [name for name in VALIDATION_SPLITS if name in found]
-    if held_back:
-        splits["validation"] = found[held_back[0]]
-    if not splits:
-        raise ValueError(f"{given[0]} has the splits {', '.join(found)}: name one of them train, validation or test.")
+    chosen = _choose_splits(parameter, splits)
     limits = {"train": max_train_samples, "validation": max_eval_samples}
-    for split, dataset in splits.items():
-        splits[split] = dataset = first_rows(dataset, limits[split])
-        if _is_empty(dataset):
-            raise ValueError(f"{given[0]} {sources[given[0]]}: the {split} split holds no pairs.")
+    for name, dataset in chosen.items():
+        chosen[name] = dataset = first_rows(dataset, limits[name])
+        if is_empty(dataset):
+            raise ValueError(f"{parameter}={value}: the {name} split holds no pairs.")
         find_image_column(dataset, image_column)
-    return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
-
-
-def _load_name(
-    name: str, config_name: str | None, image_column: str | None, streaming: bool
-) -> dict[str, Dataset | IterableDataset]:
-    if name == "shapes":
-        drawn = shapes_dataset()
-        return {split: part.to_iterable_dataset() if streaming else part for split, part in drawn.items()}
-    folder = os.path.expanduser(name)
-    if not os.path.isdir(folder):
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise FileNotFoundError(f"--dataset_name {name}: no such folder; give a folder, a Hub id or 'shapes'.")
-        return _load(f"--dataset_name {name}", name, streaming, name=config_name)
-    found = _load(f"--dataset_name {name}", folder, streaming, name=config_name)
-    return {
-        split: dataset if _is_empty(dataset) else _with_paths_from(folder, dataset, image_column)
-        for split, dataset in found.items()
-    }
-
-
-def _load_folder(name: str, captioned: bool, streaming: bool) -> dict[str, Dataset | IterableDataset]:
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--data_dir {name}: no such folder.")
-    if any(folder.rglob("*.tar")):
-        return _load(f"--data_dir {name}", "webdataset", streaming, data_dir=str(folder))
-    has_table = any(path.suffix in (".csv", ".jsonl", ".parquet") for path in folder.rglob("metadata.*"))
-    if captioned and not has_table:
-        raise ValueError(
-            f"--data_dir {name}: found neither tar shards nor a metadata.csv or metadata.jsonl; add one with the "
-            "columns file_name and caption, or give your own table as --train_file."
-        )
-    return _load(f"--data_dir {name}", "imagefolder", streaming, data_dir=str(folder))
-
-
-def _load_files(flag: str, pattern: str, image_column: str | None, streaming: bool) -> Dataset | IterableDataset:
-    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True), key=os.path.split)
-    if not paths:
-        raise FileNotFoundError(f"{flag} {pattern}: no such file.")
-    extensions = sorted({os.path.splitext(path)[1].lower() for path in paths})
-    if len(extensions) > 1 or extensions[0] not in READERS:
-        raise ValueError(f"{flag} {pattern}: got {', '.join(extensions)} files; give one kind of {', '.join(READERS)}.")
-    builder, options = READERS[extensions[0]]
-    parts = []
-    for folder, group in itertools.groupby(paths, key=os.path.dirname):
-        found = _load(f"{flag} {pattern}", builder, streaming, data_files={"train": list(group)}, **options)
-        if not _is_empty(found["train"]):
-            parts.append(_with_paths_from(folder, found["train"], image_column))
-    if not parts:
-        raise ValueError(f"{flag} {pattern}: holds no pairs.")
-    return datasets.concatenate_datasets(parts)
-
-
-def _load(source: str, path: str, streaming: bool, **options: Any) -> dict[str, Dataset | IterableDataset]:
-    try:
-        return datasets.load_dataset(path, streaming=streaming, **options)
-    except Exception as error:  # datasets raises nearly anything, and wraps what says why
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        cause: BaseException = error
-        while cause.__cause__:
-            cause = cause.__cause__
-        if "corresponds to no data" in str(cause):
-            raise ValueError(f"{source}: holds no pairs.") from error
-        raise kind(f"{source} could not be read: {one_line(cause)}") from error
-
-
-def _with_paths_from(
-    folder: str, dataset: Dataset | IterableDataset, image_column: str | None
-) -> Dataset | IterableDataset:
-    """Make the image paths of a table relative to its folder; other kinds of images stay as they are."""
-    features = dataset.features
-    column = find_image_column(dataset, image_column)
-    if features is not None and getattr(features[column], "dtype", None) not in ("string", "large_string"):
-        return dataset
-
-    def join(path: Any) -> dict[str, Any]:
-        local = isinstance(path, str) and path and "://" not in path
-        return {column: os.path.join(os.path.abspath(folder), path) if local else path}
-
-    return dataset.map(join, input_columns=[column])
+    return IterableDatasetDict(chosen) if streaming else DatasetDict(chosen)
 
 
 def first_rows(dataset: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:
-    """So many rows of a data set from its beginning; all of them for `None`."""
+    """Return the first `limit` rows of a data set; all of them if `limit` is None."""
     if limit is None:
         return dataset
     return dataset.select(range(min(limit, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(limit)
 
 
-def _is_empty(dataset: Dataset | IterableDataset) -> bool:
-    return next(iter(undecoded(dataset)), None) is None
+def _only_source(sources: dict[str, str | None]) -> tuple[str, str]:
+    given = {parameter: value for parameter, value in sources.items() if value}
+    if len(given) != 1:
+        raise ValueError(
+            f"Got {' and '.join(given) or 'no source of image-caption pairs'}: give one of {', '.join(sources)} "
+            "(dataset_name=shapes needs no files)."
+        )
+    [(parameter, value)] = given.items()
+    return parameter, str(value)
+
+
+def _choose_splits(
+    parameter: str, splits: dict[str, Dataset | IterableDataset]
+) -> dict[str, Dataset | IterableDataset]:
+    """Return the split "train" and, as "validation", the first of `VALIDATION_SPLITS`."""
+    chosen = {"train": splits["train"]} if "train" in splits else {}
+    held_out = [name for name in VALIDATION_SPLITS if name in splits]
+    if held_out:
+        chosen["validation"] = splits[held_out[0]]
+    if not chosen:
+        raise ValueError(f"{parameter} has the splits {', '.join(splits)}: name one of them train, validation or test.")
+    left_out = [name for name in splits if name not in ("train", *held_out[:1])]
+    if left_out:
+        used = " and ".join(name for name in ("train", *held_out[:1]) if name in splits)
+        logger.warning("%s: left out the splits %s; %s are used.", parameter, ", ".join(left_out), used)
+    return chosen
+
+
+# Sources
+
+
+def _load_name(options: ReadOptions, name: str, config_name: str | None) -> dict[str, Dataset | IterableDataset]:
+    if name == "shapes":
+        drawn = shapes_dataset()
+        return {split: rows.to_iterable_dataset() if options.streaming else rows for split, rows in drawn.items()}
+    source, folder = f"dataset_name={name}", Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise FileNotFoundError(f"{source}: no such folder; give a folder, a Hub id or 'shapes'.")
+        return load_with_datasets(source, name, options.streaming, name=config_name)
+    if config_name is None and not _describes_itself(folder):
+        return _load_folder(options, source, folder)
+    loaded = load_with_datasets(source, str(folder), options.streaming, name=config_name)
+    return {
+        split: dataset if is_empty(dataset) else with_absolute_paths(folder, dataset, options.image_column)
+        for split, dataset in loaded.items()
+    }
+
+
+def _describes_itself(folder: Path) -> bool:
+    """Whether the README.md of a folder lists its files, as that of a Hub data set does."""
+    readme = folder / "README.md"
+    return readme.is_file() and re.search(r"(?m)^configs:", readme.read_text(errors="replace")) is not None
+
+
+def _load_folder(options: ReadOptions, source: str, folder: Path) -> dict[str, Dataset | IterableDataset]:
+    folder = folder.expanduser().resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source}: no such folder.")
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _load_saved(options, source, folder)
+    files = list_files(folder)
+    tars = [path for path in files if path.suffix.lower() == ".tar"]
+    metadata = [path for path in files if path.name in METADATA_FILES]
+    images = [path for path in files if _is_image_file(path)]
+    if tars:
+        report_left_out(source, _without(files, tars), "beside the tar shards")
+        return _load_each_split(source, folder, tars, lambda paths: load_files(options, source, paths, folder))
+    if metadata:
+        return _load_metadata(options, source, folder, metadata, files)
+    if images:
+        return _load_images(options, source, folder, images, files)
+    tables = [path for path in files if path.suffix.lower() in TABLES and not path.stem.endswith("_stats")]
+    if not tables:
+        return load_with_datasets(source, str(folder), options.streaming)
+    kind = next(kind for kind in (".parquet", ".jsonl", ".json", ".csv", ".tsv") if kind in _extensions(tables))
+    tables = [path for path in tables if path.suffix.lower() == kind]
+    report_left_out(source, _without(files, tables), f"beside the {kind} files")
+    return _load_each_split(source, folder, tables, lambda paths: load_files(options, source, paths, folder))
+
+
+def _load_each_split(
+    source: str,
+    folder: Path,
+    paths: list[Path],
+    load: Callable[[list[Path]], Dataset | IterableDataset],
+    by_file_name: bool = True,
+) -> dict[str, Dataset | IterableDataset]:
+    splits, others = split_files(paths, folder, by_file_name)
+    report_left_out(source, others, f"that belong to none of the splits {', '.join(splits)}")
+    return {name: load(split_paths) for name, split_paths in splits.items()}
+
+
+def _load_saved(options: ReadOptions, source: str, folder: Path) -> dict[str, Dataset | IterableDataset]:
+    """Load what `save_to_disk` of datasets wrote."""
+    with readable(source):
+        saved = datasets.load_from_disk(str(folder))
+    splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+    if not options.streaming:
+        return splits
+    return {
+        name: rows.to_iterable_dataset(num_shards=max(1, min(len(rows), len(rows.cache_files))))
+        for name, rows in splits.items()
+    }
+
+
+def _load_metadata(
+    options: ReadOptions, source: str, folder: Path, metadata: list[Path], files: list[Path]
+) -> dict[str, Dataset | IterableDataset]:
+    """Load the images that metadata files name, relative to the folder of each."""
+    if len(_extensions(metadata)) > 1:
+        raise ValueError(
+            f"{source}: got metadata files of the kinds {', '.join(_extensions(metadata))}; keep one kind."
+        )
+    options = replace(options, is_metadata=True)
+    splits = _load_each_split(source, folder, metadata, lambda paths: load_files(options, source, paths), False)
+    others = [path for path in _without(files, metadata) if not _is_image_file(path)]
+    report_left_out(source, others, "beside the metadata")
+    if not options.streaming:
+        named: set[str] = set()
+        for rows in splits.values():
+            column = find_image_column(rows, options.image_column)
+            named |= {
+                os.path.normpath(path) for path in rows.select_columns([column])[:][column] if isinstance(path, str)
+            }
+        unnamed = [path for path in files if _is_image_file(path) and str(path) not in named]
+        report_left_out(source, unnamed, "that no metadata file names")
+    return {name: _with_images(rows, options.image_column) for name, rows in splits.items()}
+
+
+def _with_images(dataset: Dataset | IterableDataset, image_column: str | None) -> Dataset | IterableDataset:
+    """Make a column of paths a column of images; a stream without features keeps its paths."""
+    column = find_image_column(dataset, image_column)
+    return dataset if dataset.features is None else dataset.cast_column(column, Image())
+
+
+def _load_images(
+    options: ReadOptions, source: str, folder: Path, images: list[Path], files: list[Path]
+) -> dict[str, Dataset | IterableDataset]:
+    """Load a folder of images, whose classes are the folders that hold them if all are at one depth."""
+    if options.captioned:
+        raise ValueError(
+            f"{source}: found neither tar shards nor a metadata.csv or metadata.jsonl; add one with the columns "
+            "file_name and caption, or give your own table as train_file."
+        )
+    report_left_out(source, _without(files, images), "beside the images")
+    names = sorted({path.parent.name for path in images})
+    has_classes = len(names) > 1 and len({len(path.parts) for path in images}) == 1
+    features = Features({"image": Image(), **({"label": ClassLabel(names=names)} if has_classes else {})})
+
+    def load(paths: list[Path]) -> Dataset | IterableDataset:
+        columns: dict[str, list[str]] = {"image": [str(path) for path in paths]}
+        if has_classes:
+            columns["label"] = [path.parent.name for path in paths]
+        rows = Dataset.from_dict(columns, features=features)
+        return rows.to_iterable_dataset() if options.streaming else rows
+
+    return _load_each_split(source, folder, images, load, by_file_name=False)
+
+
+def _load_pattern(options: ReadOptions, parameter: str, pattern: str) -> Dataset | IterableDataset:
+    source = f"{parameter}={pattern}"
+    try:
+        paths = [Path(path) for path in expand_pattern(pattern)]
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{parameter}={error}") from None
+    if not paths:
+        raise FileNotFoundError(f"{source}: no such file.")
+    folders = [path for path in paths if path.is_dir()]
+    if folders:
+        raise ValueError(f"{source}: {folders[0]} is a folder; give its files, or the folder as data_dir.")
+    extensions = _extensions(paths)
+    if len(extensions) > 1 or extensions[0] not in EXTENSIONS:
+        raise ValueError(f"{source}: got {', '.join(extensions)} files; give one kind of {', '.join(EXTENSIONS)}.")
+    return load_files(options, source, paths)
+
+
+def _without(paths: Sequence[Path], used: Sequence[Path]) -> list[Path]:
+    left_out = set(used)
+    return [path for path in paths if path not in left_out]
+
+
+def _extensions(paths: Sequence[Path]) -> list[str]:
+    return sorted({path.suffix.lower() for path in paths})
+
+
+def _is_image_file(path: Path) -> bool:
+    return PILImage.registered_extensions().get(path.suffix.lower()) in PILImage.OPEN

@@ -1,24 +1,22 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""`mlip benchmark`: what each merge ratio and method costs in accuracy and saves in time, FLOPs and memory.
+"""`mlip benchmark`: accuracy, speed, FLOPs and memory of a model at each merge ratio and merge method.
 
     mlip benchmark --model_name_or_path runs/mine --validation_file test.parquet --output_dir bench
     mlip benchmark --model_name_or_path runs/mine --dataset_name cifar10 --output_dir bench \
         --merge_ratios 0 0.3 0.5 0.7 --merge_methods mlip tome elip --baseline openai/clip-vit-base-patch32
 
-Accuracy is the mean recall of retrieval where the data set has captions, else zero-shot accuracy. Speed is that of the
-image encoder on one batch of the data: all settings take turns, round after round, so that a machine that slows down
-slows all of them. It prints a table and writes benchmark.json and pareto.png.
+Accuracy is the mean recall of retrieval if the data set has captions, else zero-shot accuracy. Speed is the speed of
+the image encoder on one batch of the data. Each round times every setting once, so a machine that slows down affects
+all settings alike. The command prints a table and writes benchmark.json and pareto.png.
 """
 
 import argparse
-import gc
 import itertools
 import json
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,8 +25,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
@@ -37,25 +33,36 @@ from modeling_mlip.configuration_mlip import MERGE_METHODS
 from modeling_mlip.data.arguments import DataArguments
 from modeling_mlip.hub.atomic_files import write_atomically
 from modeling_mlip.hub.formatting import format_table
+from modeling_mlip.hub.results import Result
 
+from .cost import Cost, gflops_of, measure_peak_memory, seconds_of
 from .encoders import Encoder, load_encoder, set_merging
-from .evaluate_command import EncoderArguments, EvaluationArguments, dataset_of, evaluate_variants, load_evaluation
-from .plots import MARKERS, plot_pareto
+from .evaluate_command import (
+    EncoderArguments,
+    LabelArguments,
+    dataset_name,
+    has_captions,
+    load_data,
+    prepare_from_flags,
+)
+from .evaluation_split import EvaluationSplit, Rows
+from .plots import MARKERS, ParetoPoint, plot_pareto
+from .runner import Evaluation, run_tasks
+from .tasks import Retrieval, Task, ZeroShot
+from .tasks.zero_shot import ZeroShotOptions
 
-RESULTS, PICTURE = "benchmark.json", "pareto.png"
-MIB = 2**20
-PROC_STATUS, PROC_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESULTS_FILE, PICTURE_FILE = "benchmark.json", "pareto.png"
 
 
 @dataclass
 class BenchmarkArguments:
-    """What is swept, and how it is timed."""
+    """The settings that are measured, and how they are timed."""
 
     output_dir: str | None = field(
-        default=None, metadata={"help": f"A folder for {RESULTS} and {PICTURE}; made if it is not there."}
+        default=None, metadata={"help": f"A folder for {RESULTS_FILE} and {PICTURE_FILE}; created if missing."}
     )
     merge_ratios: list[float] = field(
-        default_factory=lambda: [0.0, 0.3, 0.5, 0.7], metadata={"help": "Shares of patch tokens merged away."}
+        default_factory=lambda: [0.0, 0.3, 0.5, 0.7], metadata={"help": "Shares of patch tokens to merge away."}
     )
     merge_methods: list[str] = field(
         default_factory=lambda: list(MERGE_METHODS), metadata={"help": f"Any of {', '.join(MERGE_METHODS)}."}
@@ -66,17 +73,14 @@ class BenchmarkArguments:
             "help": "A second model, measured in the same rounds: MLIP, a CLIP of transformers, or open_clip:NAME:TAG."
         },
     )
-    batch_size: int = field(default=32, metadata={"help": "Images at a time when time and memory are measured."})
-    rounds: int = field(default=10, metadata={"help": "How often every setting is timed, in turn."})
-    warmup: int = field(default=2, metadata={"help": "Rounds before those, which do not count."})
-    templates: list[str] = field(default_factory=list, metadata={"help": "As for mlip evaluate."})
-    label_columns: list[str] = field(default_factory=list, metadata={"help": "As for mlip evaluate."})
-    class_names: str | None = field(default=None, metadata={"help": "As for mlip evaluate."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images at a time for accuracy."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
-    skip_budget: float = field(default=0.01, metadata={"help": "Share of broken samples at which it stops."})
+    batch_size: int = field(default=32, metadata={"help": "Images per batch for time and memory."})
+    rounds: int = field(default=10, metadata={"help": "Number of rounds; each times every setting once."})
+    warmup: int = field(default=2, metadata={"help": "Number of rounds before those, which do not count."})
 
     def __post_init__(self):
+        for name in ("merge_ratios", "merge_methods"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=[]: give at least one.")
         for method in self.merge_methods:
             if method not in MERGE_METHODS:
                 raise ValueError(f"merge_methods: {method!r} is unknown; choose from {', '.join(MERGE_METHODS)}.")
@@ -92,12 +96,12 @@ class BenchmarkArguments:
 
 @dataclass
 class Setting:
-    """A model at one merge ratio by one method: a row of the table.
+    """A model with one merge ratio and one merge method: a row of the table.
 
     Args:
-        method: "none" at ratio 0, where all methods are the same; for the baseline its name.
+        method: "none" for merge ratio 0, at which all methods are equal; for the baseline its name.
         merge_ratio: `None` for the baseline.
-        apply: sets the model to it.
+        apply: sets the model to the merge ratio and the method.
     """
 
     encoder: Encoder
@@ -106,282 +110,298 @@ class Setting:
     apply: Callable[[], None]
 
 
-def settings_of(encoder: Encoder, ratios: Sequence[float], methods: Sequence[str]) -> list[Setting]:
-    """Each ratio by each method, ratio 0 once.
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """What was measured of one setting."""
+
+    method: str
+    merge_ratio: float | None
+    results: list[Result]
+    cost: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "method": self.method,
+            "merge_ratio": self.merge_ratio,
+            "results": [result.to_dict() for result in self.results],
+            **vars(self.cost),
+        }
+
+
+def benchmark_settings(encoder: Encoder, ratios: Sequence[float], methods: Sequence[str]) -> list[Setting]:
+    """A setting for each ratio and each method; ratio 0 once. The model keeps its own setting.
 
     Raises:
-        ValueError: for a model that merges no tokens, or a ratio that leaves none of its tokens.
+        ValueError: for a model that merges no tokens, or a ratio that leaves no token.
     """
     saved = encoder.merge_ratio, encoder.model.config.merge_method if isinstance(encoder.model, MLIPModel) else None
-    wanted = [("none", 0.0)] if 0 in ratios else []
-    wanted += [pair for pair in itertools.product(methods, sorted(set(ratios) - {0})) if pair not in wanted]
+    pairs = [("none", 0.0)] if 0 in ratios else []
+    pairs += [pair for pair in itertools.product(methods, sorted(set(ratios) - {0})) if pair not in pairs]
     settings = []
-    for method, ratio in wanted:
-        name = None if method == "none" else method
-        set_merging(encoder, ratio, name)  # refused here rather than in the middle
-        settings.append(Setting(encoder, method, ratio, partial(set_merging, encoder, ratio, name)))
-    set_merging(encoder, *saved)
+    try:
+        for method, ratio in dict.fromkeys(pairs):
+            name = None if method == "none" else method
+            set_merging(encoder, ratio, name)  # refuses a ratio here rather than in the middle of the measurement
+            settings.append(Setting(encoder, method, ratio, partial(set_merging, encoder, ratio, name)))
+    finally:
+        set_merging(encoder, *saved)
     return settings
 
 
 # 1. Accuracy
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """The evaluation of each setting of one model, and images `(B, 3, H, W)` of the data to time it on."""
+
+    split: EvaluationSplit
+    evaluations: list[Evaluation]
+    images: Tensor
+
+
 def measure_accuracy(
-    settings: Sequence[Setting], data_args: DataArguments, args: EvaluationArguments
-) -> tuple[list[dict[str, float]], Tensor, dict[str, Any]]:
-    """The metrics of each setting of one model, images `(B, 3, H, W)` of the data, and what was evaluated."""
-    evaluation = load_evaluation(settings[0].encoder, data_args, args)
-    results = evaluate_variants(
-        settings[0].encoder, evaluation, data_args, args, [setting.apply for setting in settings]
-    )
-    encoded = results[0][1]
-    about = {
-        "dataset": dataset_of(data_args),
-        "split": evaluation.split,
-        "images": len(encoded.image_embeds),
-        "captions": len(encoded.text_embeds),
-        "skipped": len(encoded.skipped),
-    }
-    return [metrics for metrics, _ in results], first_images(evaluation.dataloader), about
+    settings: Sequence[Setting],
+    splits: Mapping[str, Rows],
+    tasks: Sequence[Task],
+    data_args: DataArguments,
+    label_args: LabelArguments,
+) -> Accuracy:
+    """Evaluates all settings of one model in one pass over the data."""
+    encoder = settings[0].encoder
+    split = prepare_from_flags(encoder, splits, tasks, data_args, label_args)
+    evaluations = run_tasks(encoder, split, tasks, [setting.apply for setting in settings])
+    return Accuracy(split, evaluations, first_images(split.dataloader))
 
 
 def first_images(dataloader: Any) -> Tensor:
-    """The first batch of images that holds any."""
+    """The images of the first batch that holds any."""
     return next(batch["pixel_values"] for batch in dataloader if len(batch["pixel_values"]))
 
 
-def drawn_metric(metrics: dict[str, float]) -> str:
-    """The one that the picture shows."""
-    if "mean_recall" in metrics:
-        return "mean_recall"
-    return next(name for name in metrics if name.endswith("accuracy@1"))
+def main_result(results: Sequence[Result]) -> Result:
+    """The figure of the picture: the mean recall of retrieval, else the first accuracy@1."""
+    means = [result for result in results if result.task == Retrieval.name and result.k is None]
+    return (means or [result for result in results if result.k == 1])[0]
 
 
-# 2. Time, FLOPs and memory of the image encoder
-
-
-def seconds_of(encoder: Encoder, images: Tensor) -> float:
-    """How long one batch takes."""
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    encoder.model.get_image_features(pixel_values=images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def gflops_of(encoder: Encoder, images: Tensor) -> float:
-    """GFLOPs per image as torch counts them: matrix products, convolutions and attention, a multiplication and an
-    addition as two. Fourier transforms and sorting are not counted."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation that is not counted
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            encoder.model.get_image_features(pixel_values=images)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-    return counter.get_total_flops() / len(images) / 1e9
-
-
-def peak_memory(function: Callable[[], Any], on_gpu: bool) -> float | None:
-    """MiB that a call needs at its peak beyond what was held before, `None` where it cannot be measured.
-
-    On a GPU by torch's allocator; on Linux by the growth of the process's resident memory, whose high-water mark the
-    kernel keeps and lets a process reset (proc(5), clear_refs), after free memory was given back to it.
-    """
-    gc.collect()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    if not os.access(PROC_RESET, os.W_OK):
-        return None
-    _give_back_free_memory()
-    PROC_RESET.write_text("5")
-    before = _high_water_mark()
-    function()
-    return (_high_water_mark() - before) / MIB
-
-
-def _give_back_free_memory() -> None:
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
-    if trim is not None:
-        trim(0)
-
-
-def _high_water_mark() -> int:
-    line = next(line for line in PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+# 2. Cost
 
 
 @torch.inference_mode()
-def measure_cost(
-    settings: Sequence[Setting], images: dict[int, Tensor], rounds: int, warmup: int
-) -> list[dict[str, float | None]]:
-    """Images per second, GFLOPs per image and peak memory of each setting.
+def measure_cost(settings: Sequence[Setting], images: Mapping[int, Tensor], rounds: int, warmup: int) -> list[Cost]:
+    """The cost of each setting.
 
     Args:
-        images: by `id` of the encoder, each `(B, 3, H, W)`: the same number for all.
+        images: by `id` of the encoder, each `(B, 3, H, W)` with the same B.
     """
-    taken: list[list[float]] = [[] for _ in settings]
-    costs: list[dict[str, float | None]] = []
+    seconds_by_setting: list[list[float]] = [[] for _ in settings]
     for number in logging.tqdm(range(warmup + rounds), desc="Speed", unit="round"):
-        for seconds, setting in zip(taken, settings, strict=True):
+        for all_seconds, setting in zip(seconds_by_setting, settings, strict=True):
             setting.apply()
-            found = seconds_of(setting.encoder, images[id(setting.encoder)])
+            seconds = seconds_of(setting.encoder, images[id(setting.encoder)])
             if number >= warmup:
-                seconds.append(found)
-    for seconds, setting in zip(taken, settings, strict=True):
+                all_seconds.append(seconds)
+    costs = []
+    for all_seconds, setting in zip(seconds_by_setting, settings, strict=True):
         setting.apply()
-        own = images[id(setting.encoder)]
-        speeds = sorted(len(own) / second for second in seconds)
+        batch = images[id(setting.encoder)]
+        speeds = sorted(len(batch) / seconds for seconds in all_seconds)
         low, _, high = statistics.quantiles(speeds, n=4) if len(speeds) > 1 else speeds * 3
-        encode = partial(setting.encoder.model.get_image_features, pixel_values=own)
-        memory = peak_memory(encode, own.is_cuda)
-        costs.append(
-            {
-                "images_per_second": statistics.median(speeds),
-                "images_per_second_low": low,
-                "images_per_second_high": high,
-                "gflops_per_image": gflops_of(setting.encoder, own),
-                "peak_memory_mib": memory,
-            }
-        )
+        encode = partial(setting.encoder.model.get_image_features, pixel_values=batch)
+        memory = measure_peak_memory(encode, batch.is_cuda)
+        costs.append(Cost(statistics.median(speeds), low, high, gflops_of(setting.encoder, batch), memory))
     return costs
 
 
-# 3. The command
+# 3. The whole benchmark
 
 
-def table_of(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """What is printed of each row, with the speed-up against the first."""
-    shown = [metric, *(name for name in rows[0] if name.endswith(("recall@1", "accuracy@1")) and name != metric)]
+@dataclass(frozen=True)
+class Benchmark:
+    """All rows, and what they were measured on."""
+
+    rows: list[BenchmarkRow]
+    about: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; `metric` is the name of the result that the picture shows."""
+        metric = main_result(self.rows[0].results).name
+        return {**self.about, "metric": metric, "rows": [row.to_dict() for row in self.rows]}
+
+
+def run_benchmark(
+    encoder: Encoder,
+    baseline: Encoder | None,
+    data_args: DataArguments,
+    label_args: LabelArguments,
+    zero_shot: ZeroShotOptions,
+    args: BenchmarkArguments,
+) -> Benchmark:
+    """Measures all settings of the model, and the baseline.
+
+    Raises:
+        ValueError, OSError: for data, labels or ratios that do not fit, or a measurement that is not finite.
+    """
+    groups = [benchmark_settings(encoder, args.merge_ratios, args.merge_methods)]
+    if baseline is not None:
+        groups.append([Setting(baseline, f"baseline: {Path(baseline.name).name}", None, lambda: None)])
+    # Step (1): accuracy, one pass over the data for each model
+    splits = load_data(data_args)
+    tasks: list[Task] = [Retrieval()] if has_captions(splits, data_args) else []
+    if label_args.label_columns or not tasks:
+        tasks.append(ZeroShot(templates=zero_shot.templates))
+    elif zero_shot.templates:
+        raise ValueError(
+            f"templates={zero_shot.templates} has no effect: choose the columns to classify by with label_columns."
+        )
+    accuracies = [measure_accuracy(group, splits, tasks, data_args, label_args) for group in groups]
+    # Step (2): cost, all settings of all models in turn
+    settings = [setting for group in groups for setting in group]
+    images = {
+        id(group[0].encoder): batch_of(accuracy.images, group[0].encoder, args.batch_size)
+        for group, accuracy in zip(groups, accuracies, strict=True)
+    }
+    costs = measure_cost(settings, images, args.rounds, args.warmup)
+    evaluations = [evaluation for accuracy in accuracies for evaluation in accuracy.evaluations]
+    rows = [
+        BenchmarkRow(setting.method, setting.merge_ratio, evaluation.results, cost)
+        for setting, evaluation, cost in zip(settings, evaluations, costs, strict=True)
+    ]
+    about = {
+        "model": encoder.name,
+        "baseline": baseline.name if baseline is not None else None,
+        "dataset": dataset_name(data_args),
+        **describe_data(accuracies[0]),
+        "batch_size": args.batch_size,
+        "rounds": args.rounds,
+        **describe_device(encoder),
+    }
+    return Benchmark(rows, about)
+
+
+def batch_of(images: Tensor, encoder: Encoder, batch_size: int) -> Tensor:
+    """`(batch_size, 3, H, W)` on the device of the model: the images, repeated or cut."""
+    repeats = -(-batch_size // len(images))
+    return images.repeat(repeats, 1, 1, 1)[:batch_size].to(encoder.model.device, encoder.model.dtype)
+
+
+def describe_data(accuracy: Accuracy) -> dict[str, Any]:
+    """The split that was evaluated, and its size."""
+    pairs = accuracy.evaluations[0].pairs
+    return {
+        "split": accuracy.split.name,
+        "images": len(pairs.image_embeds),
+        "captions": len(pairs.text_embeds),
+        "skipped": len(pairs.skipped),
+    }
+
+
+def describe_device(encoder: Encoder) -> dict[str, Any]:
+    """The device, the precision and the versions; no name of the host."""
+    on_gpu = encoder.model.device.type == "cuda"
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return {
+        "dtype": str(encoder.model.dtype).removeprefix("torch."),
+        "machine": torch.cuda.get_device_name() if on_gpu else cpu,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peak_memory": "torch.cuda.max_memory_allocated" if on_gpu else "growth of resident memory (VmHWM)",
+    }
+
+
+def benchmark_table(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
+    """The rows to print, with the speed-up against the first row."""
+    table = []
+    for row in rows:
+        cost, main = row.cost, main_result(row.results)
+        shown = [main, *(result for result in row.results if result.k == 1 and result != main)]
+        table.append(
+            {"method": row.method, "ratio": "" if row.merge_ratio is None else f"{row.merge_ratio:g}"}
+            | {f"{result.title} (%)": result.value for result in shown}
+            | {
+                "images/s": cost.images_per_second,
+                "quartiles": f"{cost.images_per_second_low:.1f} to {cost.images_per_second_high:.1f}",
+                "speed-up": cost.images_per_second / rows[0].cost.images_per_second,
+                "GFLOPs/image": cost.gflops_per_image,
+                "peak MiB": cost.peak_memory_mib,
+            }
+        )
+    return table
+
+
+def pareto_points(rows: Sequence[BenchmarkRow]) -> list[ParetoPoint]:
+    """The points of the picture."""
     return [
-        {"method": row["method"], "ratio": "" if row["merge_ratio"] is None else f"{row['merge_ratio']:g}"}
-        | {f"{name.replace('_', ' ')} (%)": row[name] for name in shown}
-        | {
-            "images/s": row["images_per_second"],
-            "quartiles": f"{row['images_per_second_low']:.1f} to {row['images_per_second_high']:.1f}",
-            "speed-up": row["images_per_second"] / rows[0]["images_per_second"],
-            "GFLOPs/image": row["gflops_per_image"],
-            "peak MiB": row["peak_memory_mib"],
-        }
+        ParetoPoint(
+            row.method,
+            row.merge_ratio,
+            main_result(row.results).value,
+            row.cost.images_per_second,
+            row.cost.images_per_second_low,
+            row.cost.images_per_second_high,
+            row.cost.gflops_per_image,
+        )
         for row in rows
     ]
 
 
-def machine(on_gpu: bool) -> str:
-    """What it ran on."""
-    if on_gpu:
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+# 4. The command
 
 
-def benchmark(
-    encoder: Encoder,
-    baseline: Encoder | None,
-    data_args: DataArguments,
-    args: BenchmarkArguments,
-) -> dict[str, Any]:
-    """The whole sweep: `rows`, the `metric` that is drawn, and what it was measured on."""
-    evaluation_args = EvaluationArguments(
-        label_columns=args.label_columns,
-        class_names=args.class_names,
-        templates=args.templates,
-        per_device_eval_batch_size=args.per_device_eval_batch_size,
-        dataloader_num_workers=args.dataloader_num_workers,
-        skip_budget=args.skip_budget,
-    )
-    # Step (1): accuracy, one pass over the data for each model
-    groups = [settings_of(encoder, args.merge_ratios, args.merge_methods)]
-    if baseline is not None:
-        groups.append([Setting(baseline, f"baseline: {Path(baseline.name).name}", None, lambda: None)])
-    metrics: list[dict[str, float]] = []
-    images: dict[int, Tensor] = {}
-    about: dict[str, Any] = {}
-    for group in groups:
-        found, pixels, data = measure_accuracy(group, data_args, evaluation_args)
-        metrics += found
-        about = about or data
-        repeats = -(-args.batch_size // len(pixels))
-        model = group[0].encoder.model
-        images[id(group[0].encoder)] = pixels.repeat(repeats, 1, 1, 1)[: args.batch_size].to(model.device, model.dtype)
-    # Step (2): cost, all settings of all models in turn
-    settings = [setting for group in groups for setting in group]
-    costs = measure_cost(settings, images, args.rounds, args.warmup)
-    rows = [
-        {"method": setting.method, "merge_ratio": setting.merge_ratio, **accuracy, **cost}
-        for setting, accuracy, cost in zip(settings, metrics, costs, strict=True)
-    ]
-    on_gpu = next(iter(images.values())).is_cuda
-    return {
-        "model": encoder.name,
-        "baseline": baseline.name if baseline is not None else None,
-        **about,
-        "batch_size": args.batch_size,
-        "rounds": args.rounds,
-        "dtype": str(encoder.model.dtype).removeprefix("torch."),
-        "machine": machine(on_gpu),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peak_memory": "torch.cuda.max_memory_allocated" if on_gpu else "growth of resident memory (VmHWM)",
-        "metric": drawn_metric(metrics[0]),
-        "rows": rows,
-    }
+def check_benchmark_flags(encoder_args: EncoderArguments, data_args: DataArguments, args: BenchmarkArguments) -> None:
+    """Raises ValueError for what can be refused before a model is loaded."""
+    if encoder_args.model_name_or_path is None:
+        raise ValueError("Give the model to measure as --model_name_or_path, a folder or a Hub id.")
+    if args.output_dir is None:
+        raise ValueError(f"Give a folder for {RESULTS_FILE} and {PICTURE_FILE} as --output_dir.")
+    if data_args.streaming:
+        raise ValueError("The benchmark reads images twice, and a stream may change: leave out --streaming.")
+    folder = Path(args.output_dir)
+    if (folder / RESULTS_FILE).exists():
+        raise ValueError(f"--output_dir {folder} holds a {RESULTS_FILE} already; choose another folder.")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--output_dir {folder} cannot be created in {existing}; choose another folder.")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Raises ValueError, OSError and ImportError in one line that says what to do."""
     parser = HfArgumentParser(
-        (EncoderArguments, DataArguments, BenchmarkArguments),
+        (EncoderArguments, DataArguments, LabelArguments, ZeroShotOptions, BenchmarkArguments),
         prog="mlip benchmark",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    encoder_args, data_args, args = parser.parse_args_into_dataclasses(arguments)
+    encoder_args, data_args, label_args, zero_shot, args = parser.parse_args_into_dataclasses(arguments)
     # Step (1): what is cheap to refuse
-    if encoder_args.model_name_or_path is None:
-        raise ValueError("Give the model to measure as --model_name_or_path, a folder or a Hub id.")
-    if args.output_dir is None:
-        raise ValueError(f"Give a folder for {RESULTS} and {PICTURE} as --output_dir.")
-    if data_args.streaming:
-        raise ValueError(
-            "Images that are timed are read again, which a stream does not promise; leave out --streaming."
-        )
-    folder = Path(args.output_dir)
-    if (folder / RESULTS).exists():
-        raise ValueError(f"output_dir={folder} holds a {RESULTS} already; choose another.")
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"output_dir={folder} cannot be made in {existing}; choose another.")
+    check_benchmark_flags(encoder_args, data_args, args)
     encoder = load_encoder(encoder_args.model_name_or_path, encoder_args.dtype, encoder_args.attn_implementation)
     if not isinstance(encoder.model, MLIPModel):
         raise ValueError(
-            f"{encoder.name} is no MLIP model and merges no tokens; give it as --baseline, or convert it first: "
+            f"{encoder.name} is not an MLIP model and merges no tokens; give it as --baseline, or convert it first: "
             "mlip convert SOURCE TARGET."
         )
     baseline = None
     if args.baseline is not None:
         baseline = load_encoder(args.baseline, encoder_args.dtype, encoder_args.attn_implementation)
     # Step (2): measure
-    results = benchmark(encoder, baseline, data_args, args)
+    benchmark = run_benchmark(encoder, baseline, data_args, label_args, zero_shot, args)
     # Step (3): show and write
-    print(format_table(table_of(results["rows"], results["metric"])))
+    about, folder = benchmark.about, Path(args.output_dir)
+    print(format_table(benchmark_table(benchmark.rows)))
     print(
-        f"\n{results['split']} split of {results['dataset']}: {results['images']} images, {results['captions']} "
-        f"captions; {results['machine']}, {results['dtype']}, batches of {args.batch_size}, median of {args.rounds} "
-        f"rounds.\nPeak memory: {results['peak_memory']}."
+        f"\n{about['split']} split of {about['dataset']}: {about['images']} images, {about['captions']} "
+        f"captions; {about['machine']}, {about['dtype']}, batches of {args.batch_size}, median of {args.rounds} "
+        f"rounds.\nPeak memory: {about['peak_memory']}."
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-    plot_pareto(results["rows"], results["metric"], folder / PICTURE)
-    print(f"Written to {folder / RESULTS} and {folder / PICTURE}.")
+    write_atomically(folder / RESULTS_FILE, json.dumps(benchmark.to_dict(), indent=2, allow_nan=False) + "\n")
+    label = f"{main_result(benchmark.rows[0].results).title} (%)"
+    plot_pareto(pareto_points(benchmark.rows), label, folder / PICTURE_FILE)
+    print(f"Written to {folder / RESULTS_FILE} and {folder / PICTURE_FILE}.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Embeds a data set with a model: images, captions, class prompts, and tokens for re-ranking."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ PROMPTS_AT_ONCE = 256
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the mode is the one before."""
+    """Evaluation mode without gradients; restores the previous mode at the end."""
     was_training = model.training
     model.eval()
     try:
@@ -50,6 +50,9 @@ def class_embeddings(
     Returns:
         (C, D) float32 on the CPU.
 
+    Raises:
+        ValueError: if there is no template, or one has no `{}`.
+
     Source: OpenCLIP's `build_zero_shot_classifier`.
     """
     check_templates(templates)
@@ -66,12 +69,12 @@ def class_embeddings(
 
 @dataclass
 class TokenBank:
-    """The tokens of a data set as a model embeds them, for `token_rescore`; in float16, captions without padding.
+    """The tokens of a data set in float16, for `token_rescore`. Captions are stored without padding.
 
     Args:
         image_tokens: I of (M, P), normalised.
         image_weights: I of (M,).
-        text_tokens: T of (L, P), normalised, those alone that count.
+        text_tokens: T of (L, P), normalised, without BOS and padding.
     """
 
     image_tokens: list[Tensor]
@@ -81,18 +84,18 @@ class TokenBank:
 
 @dataclass
 class EncodedPairs:
-    """A data set as a model embeds it: I images, T captions.
+    """The embeddings of a data set of I images and T captions.
 
     Args:
         image_embeds: (I, D) float32 on the CPU, normalised.
         text_embeds: (T, D) float32 on the CPU, normalised; T = 0 for images without captions.
-        caption_image: (T,) long, the image that each caption belongs to.
-        caption_ids: (T,) long, the same for captions of the same tokens.
-        image_rows: (I,) long, the place of each image in the data set, the skipped ones counted.
-        skipped: the images and captions that could not be used.
-        num_truncated: captions longer than the context.
-        labels: (I, C) long, where the batches bring labels: one for each label column.
-        tokens: where they were asked for.
+        caption_image: (T,) long, the index of each caption's image.
+        caption_ids: (T,) long, equal for captions with equal tokens.
+        image_rows: (I,) long, the row of each image in the data set; skipped rows are counted too.
+        skipped: the rows that could not be used, as "where: why".
+        num_truncated: number of captions longer than the context.
+        labels: (I, C) long, one for each label column, if the batches hold labels.
+        tokens: only if they were requested.
     """
 
     image_embeds: Tensor
@@ -114,15 +117,19 @@ def encode_pairs(
     with_tokens: bool = False,
     budget: SkipBudget | None = None,
 ) -> EncodedPairs:
-    """Embeds every image and every caption of batches made by `EvaluationCollator`, or by `LabelCollator`.
+    """Embeds every image and every caption of the batches that `EvaluationCollator` or `LabelCollator` makes.
 
-    Captions go through the model in slices of at most as many as the batch has images, so memory does not depend on the
-    number of captions per image. Rows with captions whose `image_ids` are equal are one image with the captions of all.
+    Captions go through the model in slices no larger than the number of images in the batch, so memory does not depend
+    on the number of captions per image. Rows with captions and equal `image_ids` count as one image with all captions.
 
     Args:
         model: has `get_image_features` and `get_text_features`.
-        with_tokens: keeps the tokens of both sides too; of an `MLIPModel` with the token-level loss alone.
-        budget: counts what is skipped, and stops when it is too much.
+        description: text of the progress bar.
+        with_tokens: also keep the tokens of images and captions; needs an `MLIPModel` with the token-level loss.
+        budget: counts skipped rows and raises ValueError if there are too many.
+
+    Raises:
+        ValueError: if no image is left.
     """
     return encode_variants(model, dataloader, device, description, [lambda: None], with_tokens, budget)[0]
 
@@ -136,77 +143,136 @@ def encode_variants(
     with_tokens: bool = False,
     budget: SkipBudget | None = None,
 ) -> list[EncodedPairs]:
-    """`encode_pairs` of several settings of the vision tower in one pass: data are read, and captions embedded, once.
+    """`encode_pairs` for several settings of the vision tower in one pass: data are read and captions embedded once.
 
     Args:
-        variants: each sets the model to one setting.
+        variants: functions without arguments, each of which sets the model to one setting.
+
+    Returns:
+        one `EncodedPairs` for each variant; they share the tensors of captions.
+
+    Raises:
+        ValueError: if no image is left.
     """
-    images: list[list[Tensor]] = [[] for _ in variants]
-    texts, caption_image, caption_ids, image_rows, labels, skipped = [], [], [], [], [], []
-    bank = TokenBank([], [], [])
-    id_of_tokens: dict[tuple[int, ...], int] = {}
-    place_of_image: dict[Any, int] = {}
-    num_rows = num_truncated = 0
+    encoding = _Encoding(model, device, variants, with_tokens)
     with evaluating(model):
         for batch in logging.tqdm(dataloader, desc=description, unit="batch"):
-            skipped += batch["skipped"]
-            num_truncated += batch["num_truncated"]
-            batch_size = len(batch["pixel_values"])
-            rows = batch["kept"] + num_rows
-            num_rows += batch_size + len(batch["skipped"])
             if budget is not None:
-                budget.add(batch["skipped"], seen=batch_size + len(batch["skipped"]))
-            if batch_size == 0:  # everything in it was skipped
-                continue
-            # Rows of one image are one image with all their captions; of images with labels alone each row counts.
-            keys = batch["image_ids"].tolist() if "image_ids" in batch else [("row", row) for row in rows.tolist()]
-            new = [at for at, key in enumerate(keys) if key not in place_of_image and key not in keys[:at]]
-            for at in new:
-                place_of_image[keys[at]] = len(place_of_image)
-            places = torch.tensor([place_of_image[key] for key in keys])
-            if new:
-                image_rows.append(rows[new])
-                pixel_values = batch["pixel_values"][new].to(device)
-                for embeds, set_variant in zip(images, variants, strict=True):
-                    set_variant()
-                    vision_outputs = model.get_image_features(pixel_values=pixel_values)
-                    embeds.append(normalize(vision_outputs.pooler_output.float(), dim=-1).cpu())
-            if "labels" in batch:
-                labels.append(batch["labels"][new])
-            if "input_ids" not in batch:
-                continue
-            for ids, mask in zip(
-                batch["input_ids"].split(batch_size), batch["attention_mask"].split(batch_size), strict=True
-            ):
-                ids, mask = ids.to(device), mask.to(device)
-                text_outputs = model.get_text_features(input_ids=ids, attention_mask=mask)
-                texts.append(normalize(text_outputs.pooler_output.float(), dim=-1).cpu())
-                for caption, present in zip(ids.cpu(), mask.cpu(), strict=True):
-                    tokens = tuple(caption[present.bool()].tolist())
-                    caption_ids.append(id_of_tokens.setdefault(tokens, len(id_of_tokens)))
-                if with_tokens:
-                    found = model.token_embeddings(vision_outputs, text_outputs, ids, model.caption_mask_of(ids, mask))
-                    bank.text_tokens += [
-                        t[m].half().cpu() for t, m in zip(found.text_tokens, found.text_mask, strict=True)
-                    ]
-            if with_tokens and new:
-                bank.image_tokens += found.image_tokens.half().cpu().unbind()
-                bank.image_weights += found.image_weights.cpu().unbind()
-            caption_image.append(places[batch["caption_image"].cpu()])
-    if not place_of_image:
-        raise ValueError(f"Nothing to evaluate: no image and caption left, {len(skipped)} skipped: {skipped[:5]}.")
-    none = torch.empty(0, dtype=torch.long)
-    return [
-        EncodedPairs(
-            image_embeds=torch.cat(embeds),
-            text_embeds=torch.cat(texts) if texts else embeds[0].new_empty(0, embeds[0].shape[1]),
-            caption_image=torch.cat(caption_image) if caption_image else none,
-            caption_ids=torch.tensor(caption_ids, dtype=torch.long),
-            image_rows=torch.cat(image_rows),
-            skipped=skipped,
-            num_truncated=num_truncated,
-            labels=torch.cat(labels) if labels else None,
-            tokens=bank if with_tokens else None,
-        )
-        for embeds in images
-    ]
+                budget.add(batch["skipped"], seen=len(batch["pixel_values"]) + len(batch["skipped"]))
+            encoding.add(batch)
+    return encoding.finish()
+
+
+class _Encoding:
+    """Collects the embeddings of `encode_variants` batch by batch."""
+
+    def __init__(
+        self,
+        model: MLIPModel,
+        device: torch.device | str,
+        variants: Sequence[Callable[[], None]],
+        with_tokens: bool,
+    ):
+        self.model, self.device, self.variants, self.with_tokens = model, device, variants, with_tokens
+        self.image_embeds: list[list[Tensor]] = [[] for _ in variants]
+        text_tokens: list[Tensor] = []  # shared: the variants do not change the text tower
+        self.banks = [TokenBank([], [], text_tokens) for _ in variants]
+        self.text_embeds: list[Tensor] = []
+        self.caption_image: list[Tensor] = []
+        self.caption_ids: list[int] = []
+        self.image_rows: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.skipped: list[str] = []
+        self.num_rows = self.num_truncated = 0
+        self._index_of_image: dict[Any, int] = {}
+        self._id_of_tokens: dict[tuple[int, ...], int] = {}
+        self._vision_outputs: list[Any] = []  # of the last batch that had a new image, one for each variant
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Embeds one batch."""
+        self.skipped += batch["skipped"]
+        self.num_truncated += batch["num_truncated"]
+        batch_size = len(batch["pixel_values"])
+        rows = batch["kept"] + self.num_rows
+        self.num_rows += batch_size + len(batch["skipped"])
+        if batch_size == 0:
+            return
+        image_of_row, new = self._register_images(batch, rows)
+        if new:
+            self.image_rows.append(rows[new])
+            self._add_images(batch["pixel_values"][new].to(self.device))
+        if "labels" in batch:
+            self.labels.append(batch["labels"][new])
+        if "input_ids" in batch:
+            self._add_captions(batch["input_ids"], batch["attention_mask"], batch_size, has_new_images=bool(new))
+            self.caption_image.append(image_of_row[batch["caption_image"].cpu()])
+
+    def _register_images(self, batch: dict[str, Any], rows: Tensor) -> tuple[Tensor, list[int]]:
+        """The image index of each row of the batch `(B,)`, and the places of images that did not occur before."""
+        # Rows with equal image ids are one image. Labelled images have no ids: each row is an image.
+        keys = batch["image_ids"].tolist() if "image_ids" in batch else [("row", row) for row in rows.tolist()]
+        new = [at for at, key in enumerate(keys) if key not in self._index_of_image and key not in keys[:at]]
+        for at in new:
+            self._index_of_image[keys[at]] = len(self._index_of_image)
+        return torch.tensor([self._index_of_image[key] for key in keys]), new
+
+    def _add_images(self, pixel_values: Tensor) -> None:
+        self._vision_outputs = []
+        for embeds, set_variant in zip(self.image_embeds, self.variants, strict=True):
+            set_variant()
+            outputs = self.model.get_image_features(pixel_values=pixel_values)
+            embeds.append(normalize(outputs.pooler_output.float(), dim=-1).cpu())
+            if self.with_tokens:
+                self._vision_outputs.append(outputs)
+
+    def _add_captions(self, input_ids: Tensor, attention_mask: Tensor, slice_size: int, has_new_images: bool) -> None:
+        """Embeds captions `(T, L)`, `slice_size` at a time, and the tokens of the new images beside the first slice."""
+        slices = zip(input_ids.split(slice_size), attention_mask.split(slice_size), strict=True)
+        for number, (ids, mask) in enumerate(slices):
+            ids, mask = ids.to(self.device), mask.to(self.device)
+            outputs = self.model.get_text_features(input_ids=ids, attention_mask=mask)
+            self.text_embeds.append(normalize(outputs.pooler_output.float(), dim=-1).cpu())
+            for caption, present in zip(ids.cpu(), mask.cpu(), strict=True):
+                tokens = tuple(caption[present.bool()].tolist())
+                self.caption_ids.append(self._id_of_tokens.setdefault(tokens, len(self._id_of_tokens)))
+            if self.with_tokens:
+                self._add_tokens(outputs, ids, mask, with_images=has_new_images and number == 0)
+
+    def _add_tokens(self, text_outputs: Any, input_ids: Tensor, attention_mask: Tensor, with_images: bool) -> None:
+        caption_mask = self.model.caption_mask_of(input_ids, attention_mask)
+        for number, (bank, vision_outputs) in enumerate(zip(self.banks, self._vision_outputs, strict=True)):
+            if number > 0 and not with_images:
+                break
+            embeddings = self.model.token_embeddings(vision_outputs, text_outputs, input_ids, caption_mask)
+            if number == 0:
+                bank.text_tokens += [
+                    tokens[kept].half().cpu()
+                    for tokens, kept in zip(embeddings.text_tokens, embeddings.text_mask, strict=True)
+                ]
+            if with_images:
+                bank.image_tokens += embeddings.image_tokens.half().cpu().unbind()
+                bank.image_weights += embeddings.image_weights.cpu().unbind()
+
+    def finish(self) -> list[EncodedPairs]:
+        """The embeddings of all batches, one `EncodedPairs` for each variant."""
+        if not self._index_of_image:
+            raise ValueError(
+                f"Nothing to evaluate: no image and caption left, {len(self.skipped)} skipped: {self.skipped[:5]}."
+            )
+        no_index = torch.empty(0, dtype=torch.long)
+        return [
+            EncodedPairs(
+                image_embeds=torch.cat(embeds),
+                text_embeds=torch.cat(self.text_embeds)
+                if self.text_embeds
+                else embeds[0].new_empty(0, embeds[0].shape[1]),
+                caption_image=torch.cat(self.caption_image) if self.caption_image else no_index,
+                caption_ids=torch.tensor(self.caption_ids, dtype=torch.long),
+                image_rows=torch.cat(self.image_rows),
+                skipped=self.skipped,
+                num_truncated=self.num_truncated,
+                labels=torch.cat(self.labels) if self.labels else None,
+                tokens=bank if self.with_tokens else None,
+            )
+            for embeds, bank in zip(self.image_embeds, self.banks, strict=True)
+        ]

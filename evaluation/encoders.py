@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Models that are evaluated: MLIP's, CLIP's of transformers and OpenCLIP's, behind one face.
+"""A common interface to the models that can be evaluated: MLIP, CLIP of transformers, and OpenCLIP.
 
 load_encoder("runs/mine"), load_encoder("openai/clip-vit-base-patch32"),
 load_encoder("open_clip:ViT-B-32:laion2b_s34b_b79k"), load_encoder("open_clip:hf-hub:owner/name")
@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import CLIPModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_mlip import MLIPConfig, MLIPModel, MLIPVisionModel
-from modeling_mlip.data.items import image_transform
+from modeling_mlip.configuration_mlip import MERGE_METHODS
+from modeling_mlip.data.images import image_transform
 from modeling_mlip.hub.configurations import START_CLASSES, saved_config
+from modeling_mlip.hub.errors import error_line
 from modeling_mlip.hub.loading import load_pretrained, load_processor
 
 OPEN_CLIP = "open_clip:"
@@ -28,13 +31,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class Encoder:
-    """What evaluation needs of a model.
+    """A model with its tokenizer and image transform.
 
     Args:
-        name: as it was asked for.
+        name: folder, Hub id or name that the model was loaded from.
         model: has `get_image_features(pixel_values)` and `get_text_features(input_ids, attention_mask)`, whose
             `pooler_output` is `(B, P)`, not normalised.
-        tokenizer: for `data.tokenize`.
+        tokenizer: callable as `data.collators.tokenize` calls it.
         transform: one PIL image to pixel values `(3, H, W)`.
         context: longest caption in tokens.
     """
@@ -47,14 +50,14 @@ class Encoder:
 
     @property
     def merge_ratio(self) -> float:
-        """The share of patch tokens that it merges away; 0 for what cannot merge."""
+        """The share of patch tokens that the model merges away; 0 for a model that cannot merge."""
         return self.model.config.merge_ratio if isinstance(self.model, MLIPModel) else 0.0
 
 
 def make_encoder(name: str, model: Any, processor: Any) -> Encoder:
-    """Of a model of transformers and its processor."""
+    """The encoder of a transformers model (`MLIPModel` or `CLIPModel`) and its processor."""
     context = model.config.text_config.max_position_embeddings
-    return Encoder(name, model.eval(), processor.tokenizer, image_transform(processor.image_processor), context)
+    return Encoder(name, model, processor.tokenizer, image_transform(processor.image_processor), context)
 
 
 def load_encoder(source: str, dtype: str = "float32", attn_implementation: str = "sdpa") -> Encoder:
@@ -67,8 +70,8 @@ def load_encoder(source: str, dtype: str = "float32", attn_implementation: str =
         dtype: one of `DTYPES`.
 
     Raises:
-        ImportError: for `open_clip:` where that is not installed.
-        ValueError: if it is another kind of model, or its weights are not whole.
+        ImportError: for `open_clip:` if open_clip is not installed.
+        ValueError: if it is another kind of model, or weights are missing or damaged.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
@@ -79,7 +82,7 @@ def load_encoder(source: str, dtype: str = "float32", attn_implementation: str =
         load = load_pretrained if is_mlip else _load_clip
         model = load(source, dtype=torch.float32, attn_implementation=attn_implementation)
         encoder = make_encoder(source, model, load_processor(source))
-    encoder.model.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype))
+    encoder.model.eval().to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype))
     return encoder
 
 
@@ -88,37 +91,47 @@ def _load_clip(source: str, **kwargs: Any) -> CLIPModel:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
-            f"{source}: missing weights: {', '.join(missing[:5])}; config.json and the weights are not of one model."
+            f"{source}: missing weights: {', '.join(missing[:5])}; config.json and the weights are of different models."
         )
     return model
 
 
 def set_merging(encoder: Encoder, merge_ratio: float | None = None, merge_method: str | None = None) -> None:
-    """Changes how much and how an MLIP model merges, from the next call on; `None` leaves it.
+    """Changes the merge ratio and the merge method of an MLIP model, from its next call on; `None` keeps the value.
 
     Raises:
-        ValueError: for a model without merging, or a value that it does not take.
+        ValueError: for a model without merging, or a value that is not allowed.
     """
     if merge_ratio is None and merge_method is None:
         return
     if not isinstance(encoder.model, MLIPModel):
         raise ValueError(
-            f"{encoder.name} is no MLIP model and merges no tokens: leave out --merge_ratio, or convert it first: "
+            f"{encoder.name} is not an MLIP model and merges no tokens: leave out merge_ratio, or convert it first: "
             "mlip convert SOURCE TARGET."
         )
-    if merge_method is not None:
-        encoder.model.config.merge_method = merge_method
-        for tower in (module for module in encoder.model.modules() if isinstance(module, MLIPVisionModel)):
-            tower.config.merge_method = merge_method
+    if merge_method is not None and merge_method not in MERGE_METHODS:
+        raise ValueError(f"merge_method={merge_method!r}: choose one of {', '.join(MERGE_METHODS)}.")
+    previous = encoder.model.config.merge_method
+    _set_merge_method(encoder.model, merge_method or previous)
     if merge_ratio is not None:
-        encoder.model.set_merge_ratio(merge_ratio)
+        try:
+            encoder.model.set_merge_ratio(merge_ratio)
+        except (ValueError, StrictDataclassError) as error:
+            _set_merge_method(encoder.model, previous)
+            raise ValueError(error_line(error)) from error
+
+
+def _set_merge_method(model: MLIPModel, merge_method: str) -> None:
+    model.config.merge_method = merge_method
+    for tower in (module for module in model.modules() if isinstance(module, MLIPVisionModel)):
+        tower.config.merge_method = merge_method
 
 
 # OpenCLIP
 
 
 class OpenClipModel(torch.nn.Module):
-    """open_clip's model with the two methods that transformers' CLIP has."""
+    """open_clip's model with the two methods of transformers' CLIP that evaluation calls."""
 
     def __init__(self, model: Any, context: int, pad_token_id: int):
         super().__init__()
@@ -135,18 +148,20 @@ class OpenClipModel(torch.nn.Module):
         return next(self.parameters()).dtype
 
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        """`pooler_output` `(B, P)` of `pixel_values` `(B, 3, H, W)`."""
         return BaseModelOutputWithPooling(pooler_output=self.model.encode_image(pixel_values.to(self.dtype)))
 
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        missing = self.context - input_ids.shape[1]  # it takes whole contexts alone, padded as its tokenizer does
+        """`pooler_output` `(T, P)` of `input_ids` `(T, L)`."""
+        missing = self.context - input_ids.shape[1]  # open_clip requires full contexts, padded by its tokenizer's rule
         input_ids = torch.nn.functional.pad(input_ids, (0, missing), value=self.pad_token_id)
         return BaseModelOutputWithPooling(pooler_output=self.model.encode_text(input_ids))
 
 
 class OpenClipTokenizer:
-    """open_clip's tokenizer as `data.tokenize` calls one: ids of different lengths, padding left to the caller."""
+    """open_clip's tokenizer in the form that `data.collators.tokenize` calls: ids without padding."""
 
     def __init__(self, tokenizer: Callable[..., torch.Tensor], context: int):
         self.tokenizer = tokenizer
@@ -161,7 +176,7 @@ class OpenClipTokenizer:
             strict=True,
         ):
             if len(self._without_padding(longer)) > self.context:
-                # It was cut. One token too many before the last says so: `data.tokenize` counts it and takes it out.
+                # The caption was cut. An extra token before the last one makes `tokenize` count it and remove it.
                 rows.append([*ids[:-1], 0, ids[-1]])
             else:
                 rows.append(self._without_padding(ids))
@@ -175,6 +190,7 @@ class OpenClipTokenizer:
 
 
 def _load_open_clip(source: str) -> Encoder:
+    """The encoder of `open_clip:NAME:TAG` and the other forms that `load_encoder` lists."""
     try:
         import open_clip
     except ImportError:

@@ -1,59 +1,72 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""HTML pages of pictures and tables: the report of the demo, and the pages of `mlip visualize`.
+
+A page is one file that needs no other file and no network. Its template is page.html.jinja.
+"""
 
 import base64
-import html
 import mimetypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
+
+from modeling_mlip.hub.atomic_files import write_atomically
 from modeling_mlip.hub.formatting import format_value, is_number
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin-bottom: 1.5rem; }
-th, td { padding: 0.25rem 0.9rem; border-bottom: 1px solid #ddd; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; }
-"""
+TEMPLATE = "page.html.jinja"
 
 
-def write_report(
-    folder: str | Path,
-    title: str,
-    tables: list[tuple[str, list[dict[str, Any]]]],
-    pictures: list[tuple[str, str | Path]],
-) -> Path:
-    """Writes report.html: one file with everything in it, pictures too.
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: a picture with its caption, a table, or both.
 
     Args:
-        tables: heading and rows of each; a row may lack some keys.
-        pictures: caption and file of each.
+        title: heading.
+        picture: image file, which becomes part of the page.
+        text: caption of the picture.
+        rows: rows of the table; a row may lack some keys.
+        missing: why the section is empty, as a sentence.
     """
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    for heading, rows in tables:
-        body.append(f"<h2>{html.escape(heading)}</h2>\n{html_table(rows)}")
-    for caption, picture in pictures:
-        kind = mimetypes.guess_type(picture)[0] or "image/png"
-        data = base64.b64encode(Path(picture).read_bytes()).decode()
-        alt = html.escape(caption)
-        body.append(f'<h2>{alt}</h2>\n<img alt="{alt}" src="data:{kind};base64,{data}">')
-    path = Path(folder) / "report.html"
-    path.write_text(
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n",
-        encoding="utf-8",
+
+    title: str
+    picture: Path | None = None
+    text: str = ""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    missing: str = ""
+
+    @property
+    def columns(self) -> list[str]:
+        """The keys of the rows, in the order in which they occur."""
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+
+def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Path:
+    """Writes a page. All texts are escaped.
+
+    Returns:
+        the path.
+
+    Raises:
+        OSError: if a picture cannot be read or the page cannot be written.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return path
+    environment.filters |= {"data_uri": data_uri, "cell": format_value}
+    environment.tests["table_number"] = is_number
+    page = environment.get_template(TEMPLATE).render(title=title, sections=sections)
+    write_atomically(path, page + "\n")
+    return Path(path)
 
 
-def html_table(rows: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{html.escape(key)}</th>" for key in columns)
-    lines = []
-    for row in rows:
-        values = [row.get(key) for key in columns]
-        lines.append(
-            "".join(f"<td{' class=number' * is_number(v)}>{html.escape(format_value(v))}</td>" for v in values)
-        )
-    return f"<table>\n<tr>{head}</tr>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
+def data_uri(picture: str | Path) -> str:
+    """The content of an image file as a data URI."""
+    return data_uri_of(Path(picture).read_bytes(), mimetypes.guess_type(picture)[0] or "image/png")
+
+
+def data_uri_of(content: bytes, media_type: str) -> str:
+    """Bytes as a data URI."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Class labels of a data set: their columns, their names, and labelled images as batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,30 +10,34 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from modeling_mlip.data.items import one_line, read_image, undecoded
+from modeling_mlip.data.items import one_line, read_image_cell, undecoded
 
 LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "category", "target", "fine_label", "cls")
 
 
-def find_label_columns(dataset: Dataset | IterableDataset, wanted: Sequence[str]) -> list[str]:
-    """The columns of class labels: those wanted, else every ClassLabel, else the first of a usual name.
+def find_label_columns(dataset: Dataset | IterableDataset, label_columns: Sequence[str] = ()) -> list[str]:
+    """The columns of class labels.
+
+    Args:
+        label_columns: names to use. Without them, every column with a ClassLabel feature is returned; without such a
+            column, the first one with a usual name (`LABEL_COLUMNS`).
 
     Raises:
-        ValueError: if there is none, or none of a name wanted.
+        ValueError: if there is no such column.
     """
     columns = dict(dataset.features or next(iter(dataset), {}))
     listed = f"the columns are {', '.join(columns)}"
-    for name in wanted:
+    for name in label_columns:
         if name not in columns:
             raise ValueError(f"label_columns={name}: no such column; {listed}.")
-    found = list(wanted) or [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
-    found = found or [name for name in LABEL_COLUMNS if name in columns][:1]
-    if not found:
+    names = list(label_columns) or [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
+    names = names or [name for name in LABEL_COLUMNS if name in columns][:1]
+    if not names:
         raise ValueError(
-            f"There is neither a caption nor a class label in this data set: {listed}; choose with --label_columns or "
-            "--caption_column."
+            f"No column of class labels with a usual name or a ClassLabel feature: {listed}; choose one with "
+            "label_columns, or a column of captions with caption_column."
         )
-    return found
+    return names
 
 
 @dataclass
@@ -41,9 +45,9 @@ class Classes:
     """The classes of one label column.
 
     Args:
-        column: its name.
-        names: C class names.
-        index: value in the column -> index of its name.
+        column: name of the column.
+        names: C class names, as prompts contain them.
+        index: value in the column -> index of its class in `names`.
     """
 
     column: str
@@ -51,35 +55,41 @@ class Classes:
     index: dict[Any, int]
 
     def label_of(self, value: Any) -> int:
-        """The index of a value.
+        """The class index of a value.
 
         Raises:
-            ValueError: for one that is no class.
+            ValueError: if the value is not a class.
         """
         if value not in self.index:
             known = ", ".join(map(repr, list(self.index)[:5]))
             raise ValueError(f"{self.column}={value!r} is none of the {len(self.names)} classes ({known} ...)")
         return self.index[value]
 
+    @property
+    def name_ids(self) -> Tensor:
+        """(C,) long, equal for classes with equal names: ImageNet has two classes "missile"."""
+        number_of = {name: n for n, name in enumerate(self.names)}
+        return torch.tensor([number_of[name] for name in self.names])
+
 
 def read_classes(
     splits: Sequence[Dataset | IterableDataset], column: str, class_names: Sequence[str] | None = None
 ) -> Classes:
-    """The classes of a column: of its ClassLabel, of the names given, or of the strings that it holds in any split.
+    """The classes of a column, from its ClassLabel feature, from `class_names`, or from the strings in all splits.
 
     Args:
-        splits: of one data set, whole; those without the column do not count.
-        class_names: instead of those of a ClassLabel, in its order; for numbers, in the order from 0.
+        splits: the whole splits of one data set; those without the column are ignored.
+        class_names: replace the names of a ClassLabel, in its order; for numbers, the names from class 0 on.
 
     Raises:
-        ValueError: if the names are not known, differ between splits, are fewer than two, or as many as there are
+        ValueError: if the names are unknown, differ between splits, are fewer than two, or do not match the number of
             classes.
     """
     classes = _read_classes([rows for rows in splits if column in (rows.features or {column})], column, class_names)
     if len(classes.names) < 2:
         raise ValueError(
-            f"{column} has {len(classes.names)} class(es) ({', '.join(classes.names)}), and choosing needs two or "
-            "more; name all of them as --class_names."
+            f"{column} has {len(classes.names)} class(es) ({', '.join(classes.names)}), and classification needs two "
+            "or more; name all classes with class_names."
         )
     return classes
 
@@ -91,23 +101,23 @@ def _read_classes(
     feature = features[0]
     if any(other != feature for other in features):
         raise ValueError(
-            f"{column} is not the same in every split: {' and '.join(map(str, features))}; give all the same classes, "
-            "in the same order."
+            f"{column} is not the same in every split: {' and '.join(map(str, features))}; give every split the same "
+            "classes in the same order."
         )
     if isinstance(feature, datasets.ClassLabel):
         names = [name.replace("_", " ") for name in feature.names]
         if class_names is not None and len(class_names) != len(names):
             raise ValueError(
-                f"--class_names has {len(class_names)} names, and {column} has {len(names)} classes "
-                f"({', '.join(feature.names[:5])} ...); give one in each line, in this order."
+                f"class_names has {len(class_names)} names, and {column} has {len(names)} classes "
+                f"({', '.join(feature.names[:5])} ...); give one name for each, in this order."
             )
         return Classes(column, list(class_names or names), {n: n for n in range(len(names))})
     tables = [rows for rows in splits if isinstance(rows, Dataset)]
     if not tables:
         if class_names is None:
             raise ValueError(
-                f"A stream does not tell the classes of {column} in advance; give them as --class_names, or leave out "
-                "--streaming."
+                f"The classes of {column} are not known before a stream is read; give them with class_names, or do not "
+                "stream."
             )
         return Classes(column, list(class_names), _index_of(class_names))
     if not isinstance(feature, datasets.Value):
@@ -115,10 +125,7 @@ def _read_classes(
     values = {value for rows in tables for value in rows.unique(column)} - {None}
     if all(isinstance(value, int) for value in values):
         if class_names is None:
-            raise ValueError(
-                f"{column} holds numbers without names; give a file of names, one in each line from class 0 on, as "
-                "--class_names."
-            )
+            raise ValueError(f"{column} holds numbers without names; give the names from class 0 on with class_names.")
         return Classes(column, list(class_names), {n: n for n in range(len(class_names))})
     if not all(isinstance(value, str) for value in values):
         kinds = sorted({type(value).__name__ for value in values})
@@ -130,28 +137,31 @@ def _read_classes(
 
 
 def _index_of(names: Sequence[str]) -> dict[Any, int]:
-    """Both a name and its number, for columns whose kind is not known."""
+    """Maps each name and each number to the class, for columns of either kind."""
     return {name: n for n, name in enumerate(names)} | {n: n for n in range(len(names))}
 
 
 def labels_of(dataset: Dataset, classes: Classes, rows: Tensor) -> Tensor:
-    """The labels of some rows `(R,)`.
+    """The labels `(R,)` of the rows `(R,)`.
 
     Raises:
-        ValueError: for a row without one.
+        ValueError: if the value of a row is not a class.
     """
     values = dataset.select_columns([classes.column])[:][classes.column]
-    found = []
+    labels = []
     for row in rows.tolist():
         try:
-            found.append(classes.label_of(values[row]))
+            labels.append(classes.label_of(values[row]))
         except ValueError as error:
             raise ValueError(f"Row {row}: {error}.") from None
-    return torch.tensor(found, dtype=torch.long)
+    return torch.tensor(labels, dtype=torch.long)
 
 
 class _Labelled:
-    """Makes the item of one row: {"pixel_values": float (3, H, W), "labels": C indices}, or {"where", "error"}."""
+    """The item of one row: {"pixel_values": float (3, H, W), "labels": C class indices}.
+
+    A row that cannot be used gives {"where": str, "error": str}.
+    """
 
     def __init__(
         self,
@@ -166,18 +176,17 @@ class _Labelled:
         self.transform = transform
 
     def item(self, row: dict[str, Any], where: str) -> dict[str, Any]:
-        value = row[self.image_column]
-        value = value if isinstance(value, dict) else {"path": value} if isinstance(value, str) else {"bytes": value}
+        """The item of a row; `where` names the row in reports of skipped rows."""
         try:
             labels = [kind.label_of(row[kind.column]) for kind in self.classes]
-            image = read_image(value.get("bytes"), value.get("path"))
+            image, _ = read_image_cell(row[self.image_column])
         except Exception as error:
             return {"where": where, "error": one_line(error)}
         return {"pixel_values": self.transform(image), "labels": labels}
 
 
 class LabelledImages(_Labelled, torch.utils.data.Dataset):
-    """Items by index."""
+    """Items of a table, by index."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -187,7 +196,7 @@ class LabelledImages(_Labelled, torch.utils.data.Dataset):
 
 
 class StreamedLabelledImages(_Labelled, torch.utils.data.IterableDataset):
-    """Items of a stream."""
+    """Items of a stream, in order."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
@@ -196,8 +205,11 @@ class StreamedLabelledImages(_Labelled, torch.utils.data.IterableDataset):
 
 
 class LabelCollator:
-    """Items to a batch of B images: pixel_values float (B, 3, H, W), labels int64 (B, C), kept int64 (B,): the place
-    of each image among the items, and skipped, "where: why" of the others."""
+    """Items to a batch of B images.
+
+    pixel_values float (B, 3, H, W); labels int64 (B, C); kept int64 (B,), the place of each image among the items;
+    skipped, a list of "where: why" for the other items.
+    """
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         kept = [place for place, item in enumerate(items) if "error" not in item]

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Recall of retrieval and accuracy of classification, as functions and as metrics of the library `evaluate`."""
 
 from collections.abc import Callable
 
@@ -10,20 +10,19 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers.utils import logging
 
+DIRECTIONS = ("image_to_text", "text_to_image")
 RECALL_AT = (1, 5, 10)
-
-
-TIE = 1e-6  # cosines closer than this are equal: float32 rounds them differently from one batch size to the next
-
-
-MAX_SCORES = 2**24  # scores held at once
+ACCURACY_AT = (1, 5)
+TIE = 1e-6  # cosines closer than this count as equal: their last digits depend on the batch size
+MAX_SCORES = 2**24  # scores held in memory at once
+MISS = 2**31  # rank of a right key whose score is NaN
 
 
 # (q,) queries and the (q, K) candidate keys of each -> (q, K) scores that order these anew
 Rescore = Callable[[Tensor, Tensor], Tensor]
 
 
-def rank_of_right(
+def ranks_of_right_keys(
     queries: Tensor,
     keys: Tensor,
     query_group: Tensor,
@@ -32,7 +31,7 @@ def rank_of_right(
     top: int = 0,
     rescore: Rescore | None = None,
 ) -> Tensor:
-    """Counts, for each query, the wrong keys that score at least as high as its best right key.
+    """For each query, the number of wrong keys that score at least as high as its best right key.
 
     Args:
         queries: (Q, D), normalised.
@@ -40,14 +39,14 @@ def rank_of_right(
         query_group: (Q,) long, from 0.
         key_group: (K,) long, from 0.
         pairs: two (P,) long: key k is right for query q if (query_group[q], key_group[k]) is one of these pairs.
-        top: how many candidates `rescore` orders anew; a right key that is not among them keeps its rank.
-        rescore: their new scores; without it the scores are final.
+        top: number of candidates that `rescore` orders again; a right key that is not among them keeps its rank.
+        rescore: new scores of the candidates; without it the cosines are final.
 
     Returns:
-        (Q,) long; 0 is first place. A score that is not a number counts as a miss.
+        (Q,) long; 0 is the first place. A query whose right keys have a NaN score is a miss at every k.
     """
     num_key_groups = int(key_group.max()) + 1
-    num_query_groups = int(torch.cat([query_group, pairs[0]]).max()) + 1  # some may have no query
+    num_query_groups = int(torch.cat([query_group, pairs[0]]).max()) + 1  # some groups may have no query
     chunk = max(1, MAX_SCORES // len(keys))
     ranks = []
     starts = range(0, len(queries), chunk)
@@ -62,24 +61,32 @@ def rank_of_right(
         related[pair_row[here], pairs[1][here]] = True
         right = related[row][:, key_group]  # (q, K)
 
-        # Step (2): what is ahead of the best of them; written as "not below" so that a NaN is ahead
+        # Step (2): the wrong keys ahead of the best right key; "not below" counts a NaN as ahead
         scores = queries[start : start + chunk] @ keys.T  # (q, D) @ (D, K) -> (q, K)
-        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)  # (q, 1)
-        ahead = ~right & ~(scores < best - TIE)
-        rank = ahead.sum(dim=1)
+        rank = _count_ahead(scores, right)  # (q,)
 
-        # Step (3): the same among the first candidates by their new scores; a right one that ties is no candidate yet
+        # Step (3): the same among the first candidates by their new scores; on a tie a wrong key is a candidate first
         if rescore is not None:
             pessimistic = torch.where(right, scores.nan_to_num(-torch.inf) - TIE, scores.nan_to_num(torch.inf))
             candidates = pessimistic.topk(min(top, len(keys)), dim=1).indices  # (q, K)
             rows = torch.arange(start, start + len(candidates), device=candidates.device)
             scores = rescore(rows, candidates)  # (q, K)
             right = right.gather(1, candidates)
-            best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-            ahead = ~right & ~(scores < best - TIE)
-            rank = torch.where(right.any(dim=1), ahead.sum(dim=1), rank)
+            rank = torch.where(right.any(dim=1), _count_ahead(scores, right), rank)
         ranks.append(rank)
     return torch.cat(ranks)
+
+
+def _count_ahead(scores: Tensor, right: Tensor) -> Tensor:
+    """Wrong keys that are not below the best right key, `(q,)`; `MISS` where the best right score is NaN.
+
+    Args:
+        scores: (q, K).
+        right: (q, K) bool.
+    """
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)  # (q, 1)
+    ahead = ~right & ~(scores < best - TIE)
+    return ahead.sum(dim=1).masked_fill(best[:, 0].isnan(), MISS)
 
 
 def retrieval_metrics(
@@ -90,23 +97,59 @@ def retrieval_metrics(
     top: int = 0,
     rescore: tuple[Rescore, Rescore] | None = None,
 ) -> dict[str, float]:
-    """Recall@1, @5 and @10 both ways, in percent.
+    """Recall@1, @5 and @10 in both directions, in percent.
 
-    An image finds its text if any of its captions, or one equal to them, is among the first k; a caption finds its
-    image if any image that has this caption is. An image without a caption is a wrong answer to others, and no query.
+    Image to text is a hit if any caption of the image, or a caption equal to one of them, is among the first k. Text to
+    image is a hit if any image that has this caption is among the first k. An image without a caption is a key and no
+    query.
 
     Args:
         image_embeds: (I, D), any length.
         text_embeds: (T, D), any length.
-        caption_image: (T,) long, the image that each caption belongs to.
-        caption_ids: (T,) long, the same for equal captions; without it all captions count as different.
-        top: how many candidates are ranked again by `rescore`.
-        rescore: new scores of candidates: of images, with captions as candidates, and the other way round.
+        caption_image: (T,) long, the index of each caption's image.
+        caption_ids: (T,) long, equal for equal captions; without it all captions count as different.
+        top: number of candidates that `rescore` ranks again.
+        rescore: two functions that return new scores of candidates: captions for images, then images for captions.
 
     Returns:
         `image_to_text_recall@k` and `text_to_image_recall@k`, and `mean_recall`, the mean of the six.
+
+    Raises:
+        ValueError: without a caption, or if `caption_image` does not fit the embeddings.
     """
-    num_images, num_captions = len(image_embeds), len(text_embeds)
+    _check_caption_image(len(image_embeds), len(text_embeds), caption_image)
+    if caption_ids is None:
+        caption_ids = torch.arange(len(text_embeds), device=caption_image.device)
+    else:
+        caption_ids = caption_ids.unique(return_inverse=True)[1]
+    images, texts = normalize(image_embeds.float(), dim=-1), normalize(text_embeds.float(), dim=-1)
+    captioned = caption_image.unique()  # the images that are queries
+    every_image = torch.arange(len(image_embeds), device=caption_image.device)
+
+    of_images: Rescore | None = None
+    of_captions: Rescore | None = None
+    if rescore is not None:
+        score_images, of_captions = rescore
+
+        def of_images(rows: Tensor, candidates: Tensor) -> Tensor:
+            return score_images(captioned[rows], candidates)
+
+    ranks = {
+        "image_to_text": ranks_of_right_keys(
+            images[captioned], texts, captioned, caption_ids, (caption_image, caption_ids), top, of_images
+        ),
+        "text_to_image": ranks_of_right_keys(
+            texts, images, caption_ids, every_image, (caption_ids, caption_image), top, of_captions
+        ),
+    }
+    metrics = {
+        f"{direction}_recall@{k}": percent_within(ranks[direction], k) for direction in DIRECTIONS for k in RECALL_AT
+    }
+    return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics)}
+
+
+def _check_caption_image(num_images: int, num_captions: int, caption_image: Tensor) -> None:
+    """Raises ValueError if `caption_image` does not give each caption its image."""
     if num_captions == 0 or len(caption_image) != num_captions:
         raise ValueError(
             f"{num_captions} captions with {len(caption_image)} entries in caption_image: give at least one caption, "
@@ -117,44 +160,22 @@ def retrieval_metrics(
             f"caption_image holds {int(caption_image.min())} to {int(caption_image.max())}; "
             f"with {num_images} images it takes 0 to {num_images - 1}."
         )
-    if caption_ids is None:
-        caption_ids = torch.arange(num_captions, device=caption_image.device)
-    else:
-        caption_ids = caption_ids.unique(return_inverse=True)[1]
-    images, texts = normalize(image_embeds.float(), dim=-1), normalize(text_embeds.float(), dim=-1)
-    asking = caption_image.unique()
-    every_image = torch.arange(num_images, device=caption_image.device)
-
-    of_images: Rescore | None = None
-    of_captions: Rescore | None = None
-    if rescore is not None:
-        score_images, of_captions = rescore
-
-        def of_images(rows: Tensor, candidates: Tensor) -> Tensor:
-            return score_images(asking[rows], candidates)
-
-    ranks = {
-        "image_to_text": rank_of_right(
-            images[asking], texts, asking, caption_ids, (caption_image, caption_ids), top, of_images
-        ),
-        "text_to_image": rank_of_right(
-            texts, images, caption_ids, every_image, (caption_ids, caption_image), top, of_captions
-        ),
-    }
-    metrics = {f"{way}_recall@{k}": percent_within(rank, k) for way, rank in ranks.items() for k in RECALL_AT}
-    return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics)}
 
 
 def zero_shot_metrics(
     image_embeds: Tensor, labels: Tensor, class_embeds: Tensor, class_ids: Tensor | None = None
 ) -> dict[str, float]:
-    """Zero-shot accuracy as `accuracy_metrics`.
+    """Zero-shot accuracy, as `accuracy_metrics` returns it.
 
     Args:
         image_embeds: (I, D), any length.
         labels: (I,) long, from 0 to C - 1.
         class_embeds: (C, D), any length, as `class_embeddings` returns them.
-        class_ids: (C,) long, the same for classes of one name, which are one answer; without it all are different.
+        class_ids: (C,) long, equal for classes with equal names, which count as one answer; without it all are
+            different.
+
+    Raises:
+        ValueError: without an image, or if a label is no class.
     """
     num_classes = len(class_embeds)
     if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
@@ -165,29 +186,42 @@ def zero_shot_metrics(
     images, classes = normalize(image_embeds.float(), dim=-1), normalize(class_embeds.float(), dim=-1)
     every_class = torch.arange(num_classes, device=labels.device)
     ids = every_class if class_ids is None else class_ids.unique(return_inverse=True)[1]
-    rank = rank_of_right(images, classes, labels, ids, (every_class, ids))
+    rank = ranks_of_right_keys(images, classes, labels, ids, (every_class, ids))
     return accuracy_metrics(rank, labels, num_classes)
 
 
 def accuracy_metrics(rank: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
-    """`accuracy@1`, `accuracy@5` with more than five classes, and `mean_per_class_accuracy`, the mean over the classes
-    that occur of the share of their images with rank 0; in percent.
+    """Accuracies in percent, from the rank of the right class of each image.
 
     Args:
-        rank: (I,) long, how many wrong classes are ahead of the right one.
+        rank: (I,) long, number of wrong classes ahead of the right one.
         labels: (I,) long.
+
+    Returns:
+        `accuracy@1`; `accuracy@5` if there are more than five classes; `mean_per_class_accuracy`, the accuracy@1 of
+        each class that occurs, averaged over classes.
+
+    Raises:
+        ValueError: without an image.
     """
-    metrics = {f"accuracy@{k}": percent_within(rank, k) for k in (1, 5) if k == 1 or num_classes > k}
+    metrics = {f"accuracy@{k}": percent_within(rank, k) for k in ACCURACY_AT if k == 1 or num_classes > k}
     per_class = [percent_within(rank[labels == label], 1) for label in labels.unique()]
     return {**metrics, "mean_per_class_accuracy": sum(per_class) / len(per_class)}
 
 
 def percent_within(rank: Tensor, k: int) -> float:
+    """Share of ranks `(N,)` below k, in percent.
+
+    Raises:
+        ValueError: for N = 0, of which there is no mean.
+    """
+    if len(rank) == 0:
+        raise ValueError("Got 0 ranks: an accuracy or a recall needs at least one image.")
     return 100 * (rank < k).double().mean().item()
 
 
 class RetrievalRecall(evaluate.Metric):
-    """`retrieval_metrics` as a module of `evaluate`, for embeddings that come batch by batch. It needs no network.
+    """`retrieval_metrics` as a metric of the library `evaluate`, for embeddings batch by batch. It needs no network.
 
     Example:
 
@@ -229,7 +263,7 @@ class RetrievalRecall(evaluate.Metric):
 
 
 class ZeroShotAccuracy(evaluate.Metric):
-    """`zero_shot_metrics` as a module of `evaluate`, for images that come batch by batch. It needs no network.
+    """`zero_shot_metrics` as a metric of the library `evaluate`, for images batch by batch. It needs no network.
 
     Example:
 

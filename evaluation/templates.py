@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Prompt templates for zero-shot classification: a short list, files, and the lists that open_clip ships."""
+"""Prompt templates for zero-shot classification: a default list, files, and the lists of open_clip."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +18,20 @@ OPEN_CLIP_TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_
 
 
 def fill(template: str, name: str) -> str:
-    """The prompt: `{}` of the template is the class name; other braces stay."""
+    """The prompt of a class: replaces `{}` by the name and keeps other braces."""
     return template.replace("{}", name)
 
 
 def read_templates(value: str) -> tuple[str, ...]:
-    """The templates that a flag names: a template itself, a file with one in each line, `default`, or a list of
-    open_clip.
+    """The templates that a value names.
+
+    Args:
+        value: a template with `{}`, a file with one template per line, "default", or a list of open_clip ("openai",
+            "simple").
 
     Raises:
-        ImportError: for a list of open_clip, where that is not installed.
-        ValueError: for anything else that has no `{}`.
+        ImportError: for a list of open_clip if open_clip is not installed.
+        ValueError: for any other value without `{}`.
     """
     if "{}" in value:
         return (value,)
@@ -39,23 +42,26 @@ def read_templates(value: str) -> tuple[str, ...]:
             from open_clip import zero_shot_metadata
         except ImportError:
             raise ImportError(
-                f"--templates {value} is a list of open_clip, which is not installed: pip install open_clip_torch, "
-                "or give --templates default or a file."
+                f"templates={value!r} is a list of open_clip, which is not installed: pip install open_clip_torch, "
+                "or give 'default' or a file."
             ) from None
         return tuple(template("{}") for template in getattr(zero_shot_metadata, OPEN_CLIP_TEMPLATES[value]))
     if Path(value).is_file():
         return check_templates(read_lines(value), value)
     raise ValueError(
-        f"--templates {value!r} has no {{}} for the class name and is no file; give a template such as "
-        f"'a photo of a {{}}.', a file with one in each line, or one of default, {', '.join(OPEN_CLIP_TEMPLATES)}."
+        f"templates={value!r} has no {{}} for the class name and is not a file; give a template such as "
+        f"'a photo of a {{}}.', a file with one template per line, or one of default, {', '.join(OPEN_CLIP_TEMPLATES)}."
     )
 
 
 def check_templates(templates: Sequence[str], source: str = "templates") -> tuple[str, ...]:
-    """The templates, each of which has `{}`.
+    """Returns the templates if each has `{}`.
+
+    Args:
+        source: where they come from, for the error.
 
     Raises:
-        ValueError: otherwise, or if there is none.
+        ValueError: if a template has no `{}`, or there is no template.
     """
     for template in templates:
         if "{}" not in template:
@@ -63,18 +69,19 @@ def check_templates(templates: Sequence[str], source: str = "templates") -> tupl
                 f"{source}: template {template!r} has no {{}} for the class name, as in 'a photo of a {{}}.'."
             )
     if not templates:
-        raise ValueError(f"{source} holds no template; write one in each line, such as 'a photo of a {{}}.'.")
+        raise ValueError(f"{source} holds no template; write one per line, such as 'a photo of a {{}}.'.")
     return tuple(templates)
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file without those that are empty.
+    """The non-empty lines of a UTF-8 text file, without surrounding white space.
 
     Raises:
-        ValueError: if it is not in UTF-8.
+        OSError: if the file cannot be read.
+        ValueError: if it is not UTF-8.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from None
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Values and tables as text, for the terminal and for Markdown."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,15 +8,16 @@ import numpy as np
 
 
 def format_value(value: Any) -> str:
-    """Two decimals for a float, two digits for a small one, nothing for None."""
+    """Two decimals for a float, two significant digits below 0.1, an empty string for `None`."""
     if value is None:
         return ""
-    if isinstance(value, float):  # numpy's float64 too
+    if isinstance(value, float):  # includes numpy's float64
         return f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
     return str(value)
 
 
 def is_number(value: Any) -> bool:
+    """Whether a table aligns the value to the right; `True` and `False` are words."""
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
@@ -24,7 +25,7 @@ def format_table(rows: list[dict[str, Any]], columns: Sequence[str] | None = Non
     """Aligned text: numbers to the right, everything else to the left.
 
     Args:
-        columns: the keys to show, in order; all that occur, if not given. A row may lack some.
+        columns: the keys to show, in order; all keys that occur, if not given. A row may lack some.
     """
     columns = columns or list(dict.fromkeys(key for row in rows for key in row))
     cells = [list(columns)] + [[" ".join(format_value(row.get(key)).split()) for key in columns] for row in rows]

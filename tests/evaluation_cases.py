@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Drawn images as files of several kinds and small saved models of every kind, for evaluation and benchmark."""
+"""Drawn images as files of several kinds, and small saved models of every kind, for evaluation and benchmark."""
 
 import json
 
@@ -13,6 +13,7 @@ from modeling_mlip.data.caption_tokenizer import train_tokenizer
 from modeling_mlip.data.shapes import shapes_dataset
 from modeling_mlip.hub.cli import main as mlip
 from modeling_mlip.hub.model_card import write_model_card
+from modeling_mlip.hub.results import Result
 
 OPEN_CLIP_CFG = {
     "embed_dim": 24,
@@ -48,7 +49,7 @@ def sources(splits, tmp_path_factory) -> dict[str, str]:
         processor.save_pretrained(folder / name)
     write_model_card(
         folder / "mlip",
-        metrics={"text_to_image_recall@1": 1.0},
+        results=[Result("retrieval", "recall", 1, 1.0, prefix="text_to_image")],
         config=MLIPConfig(),
         dataset="shapes",
         base_model=None,
@@ -64,20 +65,22 @@ def sources(splits, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def files(splits, tmp_path_factory) -> dict[str, str]:
-    """Where the drawn images lie: pairs as parquet, and by class as folders of images."""
+    """Paths of the drawn images: pairs as parquet, and images in a folder for each class."""
     folder = tmp_path_factory.mktemp("files")
-    found = {}
+    paths = {}
     for name, rows in splits.items():
-        found[name] = str(folder / f"{name}.parquet")
-        rows.to_parquet(found[name])
+        paths[name] = str(folder / f"{name}.parquet")
+        rows.to_parquet(paths[name])
         for number, row in enumerate(rows):
-            own = folder / "images" / name / f"big_{rows.features['texture'].int2str(row['texture'])}"
-            own.mkdir(parents=True, exist_ok=True)
-            row["image"].save(own / f"{number:03}.png")
-    return {**found, "images": str(folder / "images")}
+            class_folder = folder / "images" / name / f"big_{rows.features['texture'].int2str(row['texture'])}"
+            class_folder.mkdir(parents=True, exist_ok=True)
+            row["image"].save(class_folder / f"{number:03}.png")
+    return {**paths, "images": str(folder / "images")}
 
 
-def evaluate(source: str, tmp_path, *flags: str) -> dict:
+def run_evaluate(source: str, tmp_path, *flags: str) -> dict:
+    """Runs `mlip evaluate`; returns its JSON with the results as name -> value."""
     output = tmp_path / "out.json"
     assert mlip(["evaluate", "--model_name_or_path", source, "--output_file", str(output), *flags]) == 0
-    return json.loads(output.read_text())
+    content = json.loads(output.read_text())
+    return content | {result["name"]: result["value"] for result in content.pop("results")}

@@ -1,8 +1,10 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""What a model makes of one image and a caption, looked on from outside: stages of merging, importance, words."""
+"""Runs a model on one image and a caption, and records its merging stages, token importance and word similarities."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,11 +27,12 @@ class Stage:
     """A layer at which tokens may merge, of N patches.
 
     Args:
-        before: `(N,)` int64, patch -> token as the layer receives them.
-        after: `(N,)` int64, patch -> token once they are merged; the same where nothing merges.
-        spatial: `(tokens before,)`, attention of the class token to each token, the mean over heads.
-        frequency: `(tokens before,)`, cos(F_i, f), of a merged token the mean over its patches; `None` without the
-            frequency stage.
+        before: `(N,)` int64, patch -> token at the input of the layer.
+        after: `(N,)` int64, patch -> token after merging; equal to `before` where nothing merges.
+        spatial: `(tokens before,)`, attention of the class token to each token, the mean over heads; of a tower without
+            a class token, the mean over all tokens as queries.
+        frequency: `(tokens before,)`, cos(F_i, f), the mean over the patches of a token; `None` without the frequency
+            stage.
     """
 
     layer: int
@@ -39,7 +42,7 @@ class Stage:
     frequency: Tensor | None
 
     def importance(self) -> dict[str, Tensor]:
-        """The maps to draw, as z-scores over tokens, each `(N,)`: patches have the value of their token."""
+        """The maps to draw: z-scores over tokens, each `(N,)`, in which a patch has the value of its token."""
         scores = {"spatial": z_score(self.spatial[None])[0]}
         if self.frequency is not None:
             scores["frequency"] = z_score(self.frequency[None])[0]
@@ -49,7 +52,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Word:
-    """A word of the caption: its `tokens`, and its mean `similarity` `(N,)` with the image token of each patch."""
+    """A word of the caption.
+
+    Args:
+        tokens: the tokens of the word.
+        similarity: `(N,)`, cosine with the image token of each patch, the mean over the word's tokens.
+    """
 
     text: str
     tokens: list[str]
@@ -57,18 +65,18 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Observation:
-    """One image as the model sees it.
+class Inspection:
+    """One image, and what the model computed from it.
 
     Args:
-        crop: `(height, width, 3)` uint8, the preprocessed image, un-normalised.
+        crop: `(height, width, 3)` uint8, the preprocessed image without normalisation.
         grid: patches in a column and in a row, (H, W).
-        num_tokens: patch tokens that the attention of each layer sees, and the number after the last layer.
-        stages: where tokens may merge, whether they do or not.
+        num_tokens: number of patch tokens at the input of each layer, and after the last layer.
+        stages: the layers at which tokens may merge, whether they merge or not.
         cosine: cosine similarity of image and caption; `None` without a caption.
-        logit: the same, scaled by the temperature.
-        words: `None` without a caption or token-level projections.
-        num_truncated: words of the caption beyond what the text tower reads.
+        logit: the cosine times the temperature.
+        words: `None` without a caption or without token-level projections.
+        num_truncated: number of words of the caption that the text tower does not read completely.
     """
 
     crop: np.ndarray
@@ -81,94 +89,132 @@ class Observation:
     num_truncated: int = 0
 
 
-@torch.no_grad()
-def observe(model: MLIPModel, processor: CLIPProcessor, image: Image.Image, caption: str | None = None) -> Observation:
-    """Runs the model, whose attention must be "eager", on one image and looks on."""
-    device, config = model.device, model.config.vision_config
-    pixel_values = processor.image_processor(images=image, return_tensors="pt")["pixel_values"].to(device)
-    grid = (pixel_values.shape[2] // config.patch_size, pixel_values.shape[3] // config.patch_size)
-    asked: dict[str, Any] = {"output_attentions": True, "output_token_map": True}
+@dataclass
+class _Recording:
+    """Intermediate values that are not in the model's output: assignments by layer, and frequency scores `(N,)`."""
 
-    # Step (1): run it; assignments and frequency features are not in the output
-    assignments: dict[int, Tensor] = {}
-    frequency: list[Tensor] = []
+    assignments: dict[int, Tensor]
+    frequency: Tensor | None = None
+
+
+@torch.no_grad()
+def inspect_image(
+    model: MLIPModel, processor: CLIPProcessor, image: Image.Image, caption: str | None = None
+) -> Inspection:
+    """Runs the model on one image, and on a caption if there is one.
+
+    Args:
+        model: with attention implementation "eager", the only one that returns attention weights.
+        image: an RGB image.
+    """
+    config = model.config.vision_config
+    pixel_values = processor.image_processor(images=image, return_tensors="pt")["pixel_values"].to(model.device)
+    grid = (pixel_values.shape[2] // config.patch_size, pixel_values.shape[3] // config.patch_size)
+    outputs: dict[str, Any] = {"output_attentions": True, "output_token_map": True}
+
+    # Step (1): run the model
+    text: dict[str, Any] = {}
+    with _record(model) as recording:
+        if caption is None:
+            vision = model.get_image_features(pixel_values=pixel_values, **outputs)
+        else:
+            text = _tokenize(model, processor, caption)
+            inputs = {name: text[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            output = model(**inputs, pixel_values=pixel_values, return_pairs=True, **outputs)
+            vision = output.vision_model_output
+
+    # Step (2): the stages
+    stages, num_tokens, token_map = _stages(model, vision.attentions, recording, num_patches=grid[0] * grid[1])
+    inspection = Inspection(_uncropped(pixel_values[0], processor), grid, num_tokens, stages)
+    if caption is None:
+        return inspection
+
+    # Step (3): the caption
+    places_of_words, num_truncated = caption_words(caption, text["offset_mapping"][0].tolist())
+    words = None
+    if output.pairs.tokens is not None:
+        tokens = output.pairs.tokens
+        similarity = (tokens.text_tokens[0] @ tokens.image_tokens[0].T).float().cpu()[:, token_map]  # (L, N)
+        names = processor.tokenizer.convert_ids_to_tokens(text["input_ids"][0].tolist())
+        words = [
+            Word(word, [names[place] for place in places], similarity[places].mean(dim=0))
+            for word, places in places_of_words
+        ]
+    return replace(
+        inspection,
+        cosine=float(output.image_embeds[0] @ output.text_embeds[0]),
+        logit=float(output.logits_per_image[0, 0]),
+        words=words,
+        num_truncated=num_truncated,
+    )
+
+
+@contextmanager
+def _record(model: MLIPModel) -> Iterator[_Recording]:
+    """Records the merge assignments and the frequency scores of the first image during a forward pass."""
+    recording = _Recording({})
 
     def keep_assignment(module: nn.Module, args: Any, output: tuple[Tensor | None, ...], index: int) -> None:
         if output[-1] is not None:
-            assignments[index] = output[-1].cpu()
+            recording.assignments[index] = output[-1].cpu()
 
     def keep_frequency(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         _, states, pooled = output
-        frequency.append(nn.functional.cosine_similarity(states.float(), pooled.float()[:, None], dim=-1)[0].cpu())
+        cosine = nn.functional.cosine_similarity(states.float(), pooled.float()[:, None], dim=-1)
+        recording.frequency = cosine[0].cpu()
 
     layers = model.vision_model.encoder.layers
     hooks = [layer.register_forward_hook(partial(keep_assignment, index=n)) for n, layer in enumerate(layers)]
     if model.vision_model.frequency is not None:
         hooks.append(model.vision_model.frequency.register_forward_hook(keep_frequency))
     try:
-        if caption is None:
-            vision = model.get_image_features(pixel_values=pixel_values, **asked)
-        else:
-            text = processor.tokenizer(
-                caption,
-                truncation=True,
-                max_length=model.config.text_config.max_position_embeddings,
-                return_offsets_mapping=True,
-                return_tensors="pt",
-            )
-            offsets = text.pop("offset_mapping")[0].tolist()
-            inputs = {name: text[name].to(device) for name in ("input_ids", "attention_mask")}
-            output = model(**inputs, pixel_values=pixel_values, return_pairs=True, **asked)
-            vision = output.vision_model_output
+        yield recording
     finally:
         for hook in hooks:
             hook.remove()
 
-    # Step (2): what each stage had and did
-    token_map = torch.arange(grid[0] * grid[1])
-    num_tokens, stages = [len(token_map)], []
-    for index in range(len(layers)):
-        after = compose(token_map[None], assignments[index])[0] if index in assignments else token_map
-        if index in config.resolved_merge_layers:
-            attention = vision.attentions[index][0].float().cpu()  # (h, 1 + tokens, 1 + tokens)
-            scores = _token_means(frequency[0], token_map) if frequency else None
-            stages.append(Stage(index, token_map, after, attention.mean(dim=0)[0, 1:], scores))
-        num_tokens.append(int(after.max()) + 1)
-        token_map = after
-    seen = Observation(_uncropped(pixel_values[0], processor), grid, num_tokens, stages)
-    if caption is None:
-        return seen
 
-    # Step (3): the caption
-    words, num_truncated = caption_words(caption, offsets)
-    aligned = None
-    if output.pairs.tokens is not None:
-        tokens = output.pairs.tokens
-        similarity = (tokens.text_tokens[0] @ tokens.image_tokens[0].T).float().cpu()[:, token_map]  # (L, N)
-        names = processor.tokenizer.convert_ids_to_tokens(text["input_ids"][0].tolist())
-        aligned = [
-            Word(word, [names[place] for place in places], similarity[places].mean(dim=0)) for word, places in words
-        ]
-    return Observation(
-        seen.crop,
-        grid,
-        num_tokens,
-        stages,
-        cosine=float(output.image_embeds[0] @ output.text_embeds[0]),
-        logit=float(output.logits_per_image[0, 0]),
-        words=aligned,
-        num_truncated=num_truncated,
+def _tokenize(model: MLIPModel, processor: CLIPProcessor, caption: str) -> dict[str, Any]:
+    """`input_ids` and `attention_mask` `(1, L)`, and `offset_mapping` `(1, L, 2)`."""
+    return processor.tokenizer(
+        caption,
+        truncation=True,
+        max_length=model.config.text_config.max_position_embeddings,
+        return_offsets_mapping=True,
+        return_tensors="pt",
     )
 
 
+def _stages(
+    model: MLIPModel, attentions: tuple[Tensor, ...], recording: _Recording, num_patches: int
+) -> tuple[list[Stage], list[int], Tensor]:
+    """The stages, the number of tokens at each layer and after the last, and the final token of each patch `(N,)`."""
+    config = model.config.vision_config
+    token_map = torch.arange(num_patches)
+    stages, num_tokens = [], [num_patches]
+    for index in range(len(model.vision_model.encoder.layers)):
+        after = token_map
+        if index in recording.assignments:
+            after = compose(token_map[None], recording.assignments[index])[0]
+        if index in config.resolved_merge_layers:
+            attention = attentions[index][0].float().cpu().mean(dim=0)  # (K + tokens, K + tokens)
+            num_prefix = config.num_prefix_tokens  # K; without prefix tokens all tokens are queries
+            attention = attention[: num_prefix or None].mean(dim=0)[num_prefix:]  # (tokens,)
+            scores = None if recording.frequency is None else _token_means(recording.frequency, token_map)
+            stages.append(Stage(index, token_map, after, attention, scores))
+        num_tokens.append(int(after.max()) + 1)
+        token_map = after
+    return stages, num_tokens, token_map
+
+
 def _token_means(values: Tensor, token_map: Tensor) -> Tensor:
-    """`(N,)` of patches to `(tokens,)`, each the mean over its patches."""
+    """Values of patches `(N,)` to values of tokens `(tokens,)`: the mean over the patches of each token."""
     sizes = torch.bincount(token_map)
     return torch.zeros(len(sizes)).index_add(0, token_map, values) / sizes
 
 
 def _uncropped(pixel_values: Tensor, processor: CLIPProcessor) -> np.ndarray:
-    """`(3, height, width)` as the processor gives it to `(height, width, 3)` uint8."""
+    """Undoes the normalisation of the processor: `(3, height, width)` to `(height, width, 3)` uint8."""
     settings, pixels = processor.image_processor, pixel_values.float().cpu()
     if settings.do_normalize:
         mean, std = (torch.tensor(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
@@ -179,27 +225,28 @@ def _uncropped(pixel_values: Tensor, processor: CLIPProcessor) -> np.ndarray:
 
 
 def caption_words(caption: str, offsets: list[list[int]]) -> tuple[list[tuple[str, list[int]]], int]:
-    """The words of a caption with the places of their tokens, and how many words have lost some to truncation.
+    """The words of a caption with the places of their tokens, and the number of words that truncation has cut.
 
     Args:
-        offsets: (start, end) in `caption` of each token, as the tokenizer tells; (0, 0) for BOS and EOS.
+        offsets: (start, end) of each token in `caption`, as the tokenizer returns them; (0, 0) for BOS and EOS.
     """
     words, num_truncated = [], 0
-    read = max((end for _, end in offsets), default=0)
-    for found in WORD.finditer(caption):
-        places = [n for n, (start, end) in enumerate(offsets) if start < found.end() and end > found.start()]
+    last_end = max((end for _, end in offsets), default=0)
+    for match in WORD.finditer(caption):
+        places = [n for n, (start, end) in enumerate(offsets) if start < match.end() and end > match.start()]
         if places:
-            words.append((found.group(), places))
-        num_truncated += found.end() > read
+            words.append((match.group(), places))
+        num_truncated += match.end() > last_end
     return words, num_truncated
 
 
 def filter_magnitudes(model: MLIPModel) -> list[np.ndarray]:
-    """|K| of each block of the frequency stage over the whole spectrum, `(H, W, channels)`, frequency 0 at
+    """|K| of each block of the frequency stage over the whole spectrum, `(H, W, channels)`, with frequency 0 at
     `[H // 2, W // 2]`.
 
-    It is read off at what the filter makes of one bright patch. So it is what the filter does, also at the two columns
-    where a half spectrum holds each frequency twice and the transform takes the mean of one and the conjugate other.
+    It is the spectrum of the filter's response to an impulse. So it shows how the filter acts, also in the two columns
+    of the half spectrum that hold each frequency twice: there the transform uses the mean of one value and the
+    conjugate of the other.
     """
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
     magnitudes = []

@@ -1,15 +1,12 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""The pictures of `mlip visualize`, and the page that holds them: arrays in, files out.
+"""The pictures of `mlip visualize`: arrays in, PNG files out.
 
 Regions are drawn as in figure 4 of ToMe (Bolya et al. 2023, arXiv 2210.09461): filled with their mean colour, bordered.
-Axes: a grid of H x W patches; pictures of height x width pixels; x before y where points are meant.
+Axes: a grid of H x W patches; pictures of height x width pixels; points as (x, y).
 """
 
-import base64
 import colorsys
-import html
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
-from ..html_page import html_table
-
 DPI = 110
 COLUMNS = 4
 PANEL = 2.3  # inches
 MAPS = "viridis"  # perceptually uniform
-MAX_Z = 3.0  # standard deviations; a lone token far out would leave all others one colour
+MAX_Z = 3.0  # standard deviations; without a limit, one outlier gives all other tokens the same colour
 NUM_CHANNELS = 6
 LABELS: dict[str, Any] = dict(fontsize=11, parse_math=False)
-
-STYLE = """
-:root { color-scheme: light dark; --text: #1d1d1f; --ground: #ffffff; --line: #d5d5da; --soft: #5c5c66; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #ececf0; --ground: #16161a; --line: #3b3b44; --soft: #a8a8b3; }
-}
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem;
-  color: var(--text); background: var(--ground); }
-h1 { font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 0.75rem; }
-figure { margin: 0; }
-.scroll { overflow-x: auto; }
-.scroll img { display: block; width: 100%; min-width: 38rem; height: auto; border-radius: 0.4rem; background: #fff; }
-figcaption, .missing { color: var(--soft); margin: 0.6rem 0; max-width: 44rem; }
-.missing { border-left: 0.2rem solid var(--line); padding-left: 0.8rem; }
-table { border-collapse: collapse; }
-th, td { padding: 0.25rem 1rem 0.25rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-"""
 
 
 # Regions
 
 
 def fill_regions(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """`(height, width, 3)` uint8, each region of `labels` `(H, W)` in the mean colour of its pixels."""
+    """Fills each region of `labels` `(H, W)` with the mean colour of its pixels; `(height, width, 3)` uint8."""
     rows, columns = image.shape[0] // labels.shape[0], image.shape[1] // labels.shape[1]
     pixels = labels.repeat(rows, axis=0).repeat(columns, axis=1)  # (height, width)
     counts = np.bincount(pixels.ravel())
@@ -65,7 +40,8 @@ def fill_regions(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def region_borders(labels: np.ndarray) -> np.ndarray:
-    """`(borders, 2, 2)`: from (x, y) to (x, y), in patches, one between any two neighbours of different regions."""
+    """The borders between neighbouring patches of different regions: `(borders, 2, 2)`, from (x, y) to (x, y), in
+    patches."""
     y, x = np.nonzero(labels[:, 1:] != labels[:, :-1])
     upright = np.stack([np.stack([x + 1, y], axis=1), np.stack([x + 1, y + 1], axis=1)], axis=1)
     y, x = np.nonzero(labels[1:] != labels[:-1])
@@ -74,17 +50,17 @@ def region_borders(labels: np.ndarray) -> np.ndarray:
 
 
 def tint_regions(labels: np.ndarray) -> np.ndarray:
-    """`(H, W, 4)` colours with opacity: a hue for each region of several patches, nothing for a lone patch."""
+    """`(H, W, 4)` colours with opacity: one hue per region of several patches, transparent for a single patch."""
     merged = np.flatnonzero(np.bincount(labels.ravel()) > 1)
     colours = np.zeros((labels.max() + 1, 4))
     for n, region in enumerate(merged):
-        # Steps of the golden ratio around the circle of hues: those close in number are far apart in hue.
+        # Steps of the golden ratio around the hue circle: regions with near numbers get distant hues.
         colours[region] = (*colorsys.hsv_to_rgb(n * 0.618034 % 1, 0.9, 1 if n % 2 else 0.75), 0.5)
     return colours[labels]
 
 
 def draw_regions(path: Path, image: np.ndarray, stages: Sequence[tuple[str, np.ndarray]]) -> None:
-    """The image beside its regions after each stage: filled above, tinted below.
+    """Draws the image beside its regions after each stage: filled above, tinted below.
 
     Args:
         image: `(height, width, 3)` uint8.
@@ -100,7 +76,7 @@ def draw_regions(path: Path, image: np.ndarray, stages: Sequence[tuple[str, np.n
     for n, chunk in enumerate(chunks):
         above, below = grid[2 * n], grid[2 * n + 1]
         if n == 0:
-            _picture(above[0], image, (H, W), "what the model is given")
+            _picture(above[0], image, (H, W), "model input")
             _picture(below[0], image, (H, W), f"its {H * W} patches")
             _borders(below[0], patches)
         for first, second, (name, labels) in zip(above[1:], below[1:], chunk, strict=False):
@@ -116,7 +92,7 @@ def draw_regions(path: Path, image: np.ndarray, stages: Sequence[tuple[str, np.n
 
 
 def draw_importance(path: Path, stages: Sequence[tuple[str, dict[str, np.ndarray]]]) -> None:
-    """A row for each stage, a column for each kind of importance, one scale for all.
+    """Draws a row per stage and a column per kind of importance, with one scale for all.
 
     Args:
         stages: a name, and z-scores by kind, each `(H, W)`.
@@ -139,26 +115,32 @@ def draw_importance(path: Path, stages: Sequence[tuple[str, dict[str, np.ndarray
 
 
 def draw_words(path: Path, image: np.ndarray, words: Sequence[tuple[str, np.ndarray]]) -> None:
-    """The image, and a panel for each word with its similarity `(H, W)` laid over; one scale for all."""
+    """Draws the image, and a panel per word with its similarity `(H, W)` over the image; one scale for all.
+
+    Args:
+        image: `(height, width, 3)` uint8.
+        words: a word, and its similarity `(H, W)`.
+    """
     H, W = words[0][1].shape
-    lowest, highest = (float(end([end(scores) for _, scores in words])) for end in (np.min, np.max))
+    lowest = float(min(scores.min() for _, scores in words))
+    highest = float(max(scores.max() for _, scores in words))
     columns = min(COLUMNS, len(words) + 1)
     figure, grid = _panels(-(-(len(words) + 1) // columns), columns, (H, W), extra=1.3)
     grey = image.mean(axis=2)
     for axes in grid.flat:
         axes.axis("off")
-    _picture(grid.flat[0], image, (H, W), "what the model is given")
+    _picture(grid.flat[0], image, (H, W), "model input")
     for n, (axes, (word, scores)) in enumerate(zip(grid.flat[1:], words, strict=False)):
         _picture(axes, grey, (H, W), f"{drawable(word, n)}  {scores.max():.2f}")
         heat = dict(cmap=MAPS, vmin=lowest, vmax=max(highest, lowest + 1e-6), extent=(0, W, H, 0))
         drawn = axes.imshow(scores, alpha=0.65, interpolation="nearest", **heat)
     bar = figure.colorbar(drawn, ax=grid, aspect=12 * len(grid))
-    bar.set_label("cosine similarity (beside each word: its highest)", **LABELS)
+    bar.set_label("cosine similarity (beside each word: its maximum)", **LABELS)
     _save(figure, path)
 
 
 def drawable(word: str, index: int) -> str:
-    """The word, shortened, or its number where the font of the pictures has no letters for it."""
+    """The word, shortened; or its number if the font of the pictures lacks one of its letters."""
     font = get_font(findfont(FontProperties()))
     if not all(font.get_char_index(ord(letter)) for letter in word):
         return f"word {index + 1}"
@@ -169,7 +151,7 @@ def drawable(word: str, index: int) -> str:
 
 
 def draw_filters(path: Path, magnitudes: Sequence[np.ndarray]) -> None:
-    """A row for each block: the mean over channels, and the channels that vary most over frequencies.
+    """Draws a row per block: the mean over channels, and the channels that vary most over frequencies.
 
     Args:
         magnitudes: `(H, W, channels)` each, frequency 0 at `[H // 2, W // 2]`.
@@ -177,47 +159,49 @@ def draw_filters(path: Path, magnitudes: Sequence[np.ndarray]) -> None:
     figure = Figure(figsize=(9.2, 4.4 * len(magnitudes)), layout="constrained")
     blocks: Any = figure.subfigures(len(magnitudes), 1, squeeze=False)[:, 0]
     for n, (block, magnitude) in enumerate(zip(blocks, magnitudes, strict=True)):
-        H, W, channels = magnitude.shape
-        # Cycles per image, each cell around its frequency; positive ones are up and to the right.
+        H, W, _ = magnitude.shape
+        # Cycles per image, each cell around its frequency; positive frequencies are up and to the right.
         extent = (-(W // 2) - 0.5, W - W // 2 - 0.5, -(H // 2) - 0.5, H - H // 2 - 0.5)
         left, right = block.subfigures(1, 2, width_ratios=[1, 1.75])
         block.suptitle(f"block {n}", fontsize=13)
-
-        axes = left.subplots()
-        drawn = axes.imshow(magnitude.mean(axis=2), cmap=MAPS, extent=extent, origin="lower", interpolation="nearest")
-        axes.set_title(f"mean of {channels} channels", **LABELS)
-        axes.set_xlabel("horizontal, cycles per image", **LABELS)
-        axes.set_ylabel("vertical, cycles per image", **LABELS)
-        _whole_ticks(axes)
-        left.colorbar(drawn, ax=axes, location="bottom", aspect=25).set_label("|K|", **LABELS)
-
-        chosen = np.argsort(-magnitude.reshape(-1, channels).std(axis=0), kind="stable")[:NUM_CHANNELS]
-        columns = min(3, len(chosen))
-        grid = right.subplots(-(-len(chosen) // columns), columns, squeeze=False, sharex=True, sharey=True)
-        for axes in grid.flat[len(chosen) :]:
-            axes.axis("off")
-        for axes, channel in zip(grid.flat, chosen, strict=False):
-            drawn = axes.imshow(
-                magnitude[..., channel],
-                cmap=MAPS,
-                vmin=magnitude[..., chosen].min(),
-                vmax=magnitude[..., chosen].max(),
-                extent=extent,
-                origin="lower",
-                interpolation="nearest",
-            )
-            axes.set_title(f"channel {channel}", **LABELS)
-            _whole_ticks(axes)
-        right.supxlabel("horizontal, cycles per image", fontsize=11)
-        right.colorbar(drawn, ax=grid, aspect=25).set_label("|K|", **LABELS)
+        spectrum: dict[str, Any] = dict(cmap=MAPS, extent=extent, origin="lower", interpolation="nearest")
+        _draw_mean_filter(left, magnitude, spectrum)
+        _draw_channels(right, magnitude, spectrum)
     _save(figure, path)
+
+
+def _draw_mean_filter(figure: Any, magnitude: np.ndarray, spectrum: dict[str, Any]) -> None:
+    axes = figure.subplots()
+    drawn = axes.imshow(magnitude.mean(axis=2), **spectrum)
+    axes.set_title(f"mean of {magnitude.shape[2]} channels", **LABELS)
+    axes.set_xlabel("horizontal, cycles per image", **LABELS)
+    axes.set_ylabel("vertical, cycles per image", **LABELS)
+    _whole_ticks(axes)
+    figure.colorbar(drawn, ax=axes, location="bottom", aspect=25).set_label("|K|", **LABELS)
+
+
+def _draw_channels(figure: Any, magnitude: np.ndarray, spectrum: dict[str, Any]) -> None:
+    """The channels that vary most, with one scale."""
+    channels = magnitude.shape[2]
+    chosen = np.argsort(-magnitude.reshape(-1, channels).std(axis=0), kind="stable")[:NUM_CHANNELS]
+    lowest, highest = magnitude[..., chosen].min(), magnitude[..., chosen].max()
+    columns = min(3, len(chosen))
+    grid = figure.subplots(-(-len(chosen) // columns), columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(chosen) :]:
+        axes.axis("off")
+    for axes, channel in zip(grid.flat, chosen, strict=False):
+        drawn = axes.imshow(magnitude[..., channel], vmin=lowest, vmax=highest, **spectrum)
+        axes.set_title(f"channel {channel}", **LABELS)
+        _whole_ticks(axes)
+    figure.supxlabel("horizontal, cycles per image", fontsize=11)
+    figure.colorbar(drawn, ax=grid, aspect=25).set_label("|K|", **LABELS)
 
 
 # Panels
 
 
 def _panels(rows: int, columns: int, shape: tuple[int, ...], extra: float = 0) -> tuple[Figure, np.ndarray]:
-    """Axes for pictures of a `shape`, and `extra` inches beside them."""
+    """A figure with `(rows, columns)` axes for pictures of a shape (H, W), and `extra` inches beside them."""
     height = PANEL * shape[0] / shape[1] + 0.3
     figure = Figure(figsize=(PANEL * columns + extra, height * rows + 0.2), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -235,7 +219,7 @@ def _picture(axes: Axes, image: np.ndarray, shape: tuple[int, int], title: str) 
 
 
 def _borders(axes: Axes, labels: np.ndarray) -> None:
-    """Dark on light and light on dark: a thin dark line within a wider light one."""
+    """Draws the borders as a thin dark line within a wider light one, visible on any colour."""
     borders = region_borders(labels)
     for colour, width in (("white", 1.6), ("black", 0.7)):
         axes.add_collection(LineCollection(list(borders), colors=colour, linewidths=width, capstyle="projecting"))
@@ -243,47 +227,3 @@ def _borders(axes: Axes, labels: np.ndarray) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=DPI, pil_kwargs={"optimize": True})
-
-
-# The page
-
-
-@dataclass(frozen=True)
-class Section:
-    """A picture with what to know of it and a table, or why there is none."""
-
-    title: str
-    picture: Path | None = None
-    text: str = ""
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    missing: str = ""
-
-
-def write_page(path: Path, title: str, sections: Sequence[Section], tables: Sequence[tuple[str, list[dict]]]) -> None:
-    """One file that needs no other, with the tables first; its pictures are in it."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    heading, rows = tables[0]
-    body.append(f"<h2>{html.escape(heading)}</h2>\n<div class=scroll>{html_table(rows)}</div>")
-    for section in sections:
-        name = html.escape(section.title)
-        body.append(f"<h2>{name}</h2>")
-        if section.picture is None:
-            body.append(f"<p class=missing>Left out. {html.escape(section.missing)}</p>")
-            continue
-        data = base64.b64encode(section.picture.read_bytes()).decode()
-        body.append(
-            f'<figure>\n<div class=scroll><img alt="{name}" src="data:image/png;base64,{data}"></div>\n'
-            f"<figcaption>{html.escape(section.text)}</figcaption>\n</figure>"
-        )
-        if section.rows:
-            body.append(f"<div class=scroll>{html_table(section.rows)}</div>")
-    for heading, rows in tables[1:]:
-        body.append(f"<h2>{html.escape(heading)}</h2>\n<div class=scroll>{html_table(rows)}</div>")
-    path.write_text(
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n",
-        encoding="utf-8",
-    )

@@ -59,7 +59,7 @@ def test_training_is_deterministic_and_independent_of_the_order_of_ties():
     assert len(set(state)) == 1
 
 
-def test_vocab_size_is_kept_and_too_small_a_one_is_refused():
+def test_vocab_size_is_respected_and_refused_if_too_small():
     assert len(train_tokenizer(CAPTIONS, 16, vocab_size=520)) == 520
     with pytest.raises(ValueError, match=r"vocab_size=500.*514"):
         train_tokenizer(CAPTIONS, 16, vocab_size=500)

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""The embedded data set is what its captions say, gives nothing away, and holds combinations out."""
+"""The drawn data set matches its captions, only stripes show the texture, and combinations are held out."""
 
 import numpy as np
 import pytest
@@ -42,14 +42,14 @@ def test_held_out_combinations_are_disjoint_and_cover_every_value(shapes):
         assert {combination[axis] for combination in validation} == set(range(len(values)))
 
 
-def test_training_shows_every_pair_of_values():
+def test_the_train_split_has_every_pair_of_values():
     grid = np.stack(np.meshgrid(range(6), range(6), range(3), indexing="ij"), -1).reshape(-1, 3)
     seen = grid[~held_out(*grid.T)]
     for first, second, num in ((0, 1, 36), (0, 2, 18), (1, 2, 18)):
         assert len({tuple(row) for row in seen[:, [first, second]]}) == num
 
 
-def test_captions_name_the_labels_and_validation_captions_say_all(shapes):
+def test_captions_name_the_labels_and_validation_captions_name_all(shapes):
     full = 0
     for split in ("train", "validation"):
         for row in shapes[split].remove_columns("image"):
@@ -63,14 +63,14 @@ def test_captions_name_the_labels_and_validation_captions_say_all(shapes):
     assert len(shapes["validation"]) < full < len(shapes["train"]) + len(shapes["validation"])
 
 
-def test_no_two_validation_captions_say_the_same(shapes):
+def test_validation_captions_have_different_meanings(shapes):
     meanings = {tuple(sorted(caption.replace(",", "").split())) for caption in shapes["validation"]["caption"]}
-    # The wordings differ in an "a" alone, which says nothing.
+    # Captions that differ only in an "a" have the same meaning.
     meanings = {tuple(word for word in meaning if word != "a") for meaning in meanings}
     assert len(meanings) == len(shapes["validation"]) == 324
 
 
-def test_prompts_are_wordings_that_training_sees():
+def test_prompts_are_captions_of_the_train_split():
     assert len(FULL_WORDINGS) == len(SHORT_WORDINGS) == 3
     assert {prompt.format("{" + name + "}") for name, prompt in PROMPTS.items()} == set(SHORT_WORDINGS)
 
@@ -84,7 +84,7 @@ def test_equal_seeds_draw_equal_images_and_other_seeds_do_not():
         assert not np.array_equal(pixels[0], pixels[2])
 
 
-def test_neither_mean_colour_nor_contrast_gives_the_texture_away():
+def test_mean_colour_and_contrast_do_not_depend_on_the_texture():
     # The mean and the spread of a whole shape's pixels.
     moments = []
     for texture in range(3):
@@ -95,13 +95,13 @@ def test_neither_mean_colour_nor_contrast_gives_the_texture_away():
         moments.append([[*value.mean(axis=0), *value.std(axis=0)] for value in values])
     moments = np.array(moments)  # (texture, image, moment)
     assert np.ptp(moments.mean(axis=1), axis=0).max() < 0.004
-    assert moments.std(axis=1).max() < 0.006  # nor can one image's moments
+    assert moments.std(axis=1).max() < 0.006  # nor do those of one image
 
-    # The check has teeth: half the stripes' contrast would show.
+    # The check can fail: half the contrast of the stripes is more than this tolerance.
     assert moments[..., 3:].mean() > 0.1
 
 
-def test_spatial_frequency_tells_the_texture():
+def test_textures_differ_in_spatial_frequency():
     peaks = []
     for texture in range(3):
         _, inner = drawn(100, texture, seed=9)
@@ -114,7 +114,7 @@ def test_spatial_frequency_tells_the_texture():
     assert np.median(fine) == pytest.approx(1 / (64 * PERIODS[2]), rel=0.15)
 
 
-def test_place_is_where_the_caption_says():
+def test_shapes_are_at_the_place_in_the_caption():
     num = len(PLACES)
     fixed = [np.full(num, value) for value in (0, 0, 1, 0)]
     pixels = draw(*fixed, np.arange(num), 64, np.random.default_rng(0)).astype(int)

@@ -6,21 +6,30 @@ import json
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import evaluate
-from huggingface_hub.errors import StrictDataclassError
+from evaluation_cases import run_evaluate
 from PIL import Image
 
-from modeling_mlip.evaluation import benchmark
-from modeling_mlip.evaluation.benchmark import gflops_of, peak_memory, settings_of
+from modeling_mlip import MLIPModel
+from modeling_mlip.data.sources import load_splits
+from modeling_mlip.evaluation import ZeroShot, evaluate
+from modeling_mlip.evaluation.benchmark import benchmark_settings
+from modeling_mlip.evaluation.cost import PROC_RESET, Cost, gflops_of, measure_peak_memory
 from modeling_mlip.evaluation.encoders import load_encoder, set_merging
-from modeling_mlip.evaluation.plots import plot_pareto
+from modeling_mlip.evaluation.plots import ParetoPoint, plot_pareto
 from modeling_mlip.hub.atomic_files import write_atomically
 from modeling_mlip.hub.cli import main as mlip
+from modeling_mlip.hub.loading import load_processor
 
 
 def run(sources, output, *flags: str) -> int:
     quick = ["--rounds", "2", "--warmup", "1", "--batch_size", "8", "--output_dir", str(output)]
     return mlip(["benchmark", "--model_name_or_path", sources["mlip"], *quick, *flags])
+
+
+def read_rows(output) -> tuple[dict, list[dict]]:
+    """The content of benchmark.json, and its rows with the results as name -> value."""
+    content = json.loads((output / "benchmark.json").read_text())
+    return content, [row | {result["name"]: result["value"] for result in row["results"]} for row in content["rows"]]
 
 
 def test_the_sweep_gives_the_accuracy_of_evaluate_and_cheaper_settings_for_more_merging(
@@ -32,14 +41,13 @@ def test_the_sweep_gives_the_accuracy_of_evaluate_and_cheaper_settings_for_more_
     output = tmp_path / "bench"
     flags = ["--validation_file", files["validation"], "--merge_ratios", "0", "0.5", "0.7"]
     assert run(sources, output, *flags, "--merge_methods", "mlip", "tome", "--baseline", sources["clip"]) == 0
-    results = json.loads((output / "benchmark.json").read_text())
-    rows = results["rows"]
+    results, rows = read_rows(output)
     assert [(row["method"], row["merge_ratio"]) for row in rows] == [
         *(("none", 0.0), ("mlip", 0.5), ("mlip", 0.7), ("tome", 0.5), ("tome", 0.7), ("baseline: clip", None))
     ]
-    alone = evaluate(sources["mlip"], tmp_path, *flags[:2], "--merge_ratio", "0.7")
+    alone = run_evaluate(sources["mlip"], tmp_path, *flags[:2], "--merge_ratio", "0.7")
     assert rows[2]["mean_recall"] == pytest.approx(alone["mean_recall"])
-    theirs = evaluate(sources["clip"], tmp_path, *flags[:2])
+    theirs = run_evaluate(sources["clip"], tmp_path, *flags[:2])
     assert rows[-1]["text_to_image_recall@5"] == pytest.approx(theirs["text_to_image_recall@5"])
     assert rows[0]["gflops_per_image"] > rows[1]["gflops_per_image"] > rows[2]["gflops_per_image"] > 0
     for row in rows:
@@ -55,11 +63,17 @@ def test_the_sweep_gives_the_accuracy_of_evaluate_and_cheaper_settings_for_more_
 def test_a_classification_set_is_swept_by_zero_shot_accuracy(sources, files, tmp_path):
     flags = ["--data_dir", files["images"], "--merge_ratios", "0.5", "--merge_methods", "elip", "--templates", "a {}"]
     assert run(sources, tmp_path / "bench", *flags) == 0
-    results = json.loads((tmp_path / "bench" / "benchmark.json").read_text())
+    results, [row] = read_rows(tmp_path / "bench")
     assert results["metric"] == "zero_shot_label_accuracy@1"
-    alone = load_encoder(sources["mlip"])
-    set_merging(alone, 0.5, "elip")
-    assert len(results["rows"]) == 1 and results["rows"][0]["method"] == "elip"
+    assert (row["method"], row["merge_ratio"]) == ("elip", 0.5)
+    model = MLIPModel.from_pretrained(sources["mlip"], merge_method="elip", merge_ratio=0.5).eval()
+    found = evaluate(
+        model,
+        load_processor(sources["mlip"]),
+        load_splits(data_dir=files["images"]),
+        [ZeroShot(templates=["a {}"])],
+    )
+    assert row["zero_shot_label_accuracy@1"] == found[0].value
 
 
 def test_flops_are_those_of_the_formula_for_clip(sources):
@@ -83,24 +97,28 @@ def test_flops_of_open_clip_are_counted_in_its_fast_path_too(sources):
     assert found == pytest.approx((2 * layer + 2 * 16 * D * 3 * 64 + 2 * D * 24) / 1e9, rel=1e-6)
 
 
-@pytest.mark.skipif(not benchmark.PROC_RESET.exists(), reason="the kernel's high-water mark is Linux's")
+@pytest.mark.skipif(not PROC_RESET.exists(), reason="the kernel's high-water mark is Linux's")
 def test_peak_memory_is_what_a_call_holds_at_once_though_malloc_kept_what_the_last_one_freed():
     for blocks in (2, 1, 3, 1):
-        found = peak_memory(lambda: [torch.empty(6 * 2**20).fill_(1) for _ in range(blocks)], on_gpu=False)  # noqa: B023
+        found = measure_peak_memory(lambda: [torch.empty(6 * 2**20).fill_(1) for _ in range(blocks)], on_gpu=False)  # noqa: B023
         assert found == pytest.approx(24 * blocks, abs=4)  # MiB
 
 
 def test_settings_leave_the_model_as_it_was_and_name_ratio_zero_once(sources):
     encoder = load_encoder(sources["mlip"])
-    settings = settings_of(encoder, [0.5, 0, 0.5], ["mlip", "tome"])
+    settings = benchmark_settings(encoder, [0.5, 0, 0.5], ["mlip", "tome"])
     assert encoder.model.config.merge_method == "mlip"
-    settings = settings_of(encoder, [0.5, 0, 0.5], ["tome", "mlip"])
+    settings = benchmark_settings(encoder, [0.5, 0, 0.5], ["tome", "mlip"])
     assert [(s.method, s.merge_ratio) for s in settings] == [("none", 0.0), ("tome", 0.5), ("mlip", 0.5)]
     assert encoder.merge_ratio == 0.5
     settings[1].apply()
     assert encoder.model.vision_model.config.merge_method == "tome"
-    with pytest.raises(StrictDataclassError, match="leaves none of 64 patch tokens"):
-        settings_of(encoder, [0.999], ["mlip"])
+    before = encoder.merge_ratio, encoder.model.config.merge_method
+    with pytest.raises(ValueError, match="^merge_ratio=0.999 leaves none of the 64 patch tokens"):
+        benchmark_settings(encoder, [0.999], ["mlip", "elip"])
+    assert (encoder.merge_ratio, encoder.model.config.merge_method) == before
+    with pytest.raises(ValueError, match="merge_method='prune': choose one of mlip, tome, elip"):
+        set_merging(encoder, 0.5, "prune")
 
 
 def test_bad_input_is_refused_before_anything_is_measured(sources, files, tmp_path, capsys):
@@ -108,7 +126,9 @@ def test_bad_input_is_refused_before_anything_is_measured(sources, files, tmp_pa
     cases = [
         ([*pairs, "--merge_methods", "prune"], "'prune' is unknown; choose from mlip, tome"),
         ([*pairs, "--merge_ratios", "1.5"], "1.5 is not a share of tokens"),
+        ([*pairs, "--merge_ratios", "nan"], "nan is not a share of tokens"),
         ([*pairs, "--rounds", "0"], "rounds=0: choose 1 or more"),
+        ([*pairs, "--templates", "a {}"], "has no effect: choose the columns to classify by"),
         ([*pairs, "--model_name_or_path", sources["clip"]], "merges no tokens; give it as --baseline"),
         ([*pairs, "--baseline", str(tmp_path)], "holds no config.json"),
         ([*pairs, "--streaming"], "leave out --streaming"),
@@ -121,16 +141,16 @@ def test_bad_input_is_refused_before_anything_is_measured(sources, files, tmp_pa
 
 
 def test_the_picture_has_a_line_for_each_method(tmp_path):
-    def row(method, ratio, speed, gflops, accuracy):
-        spread = {"images_per_second_low": speed - 5, "images_per_second_high": speed + 5}
-        return {"method": method, "merge_ratio": ratio, "images_per_second": speed, **spread} | {
-            "gflops_per_image": gflops,
-            "mean_recall": accuracy,
-        }
+    def point(method, ratio, speed, gflops, accuracy):
+        return ParetoPoint(method, ratio, accuracy, speed, speed - 5, speed + 5, gflops)
 
-    rows = [row("none", 0.0, 100, 4.0, 60.0), row("mlip", 0.5, 150, 2.5, 58.0), row("tome", 0.5, 160, 2.5, 52.0)]
-    plot_pareto(rows, "mean_recall", tmp_path / "two.png")
-    plot_pareto(rows[:2], "mean_recall", tmp_path / "one.png")
+    points = [
+        point("none", 0.0, 100, 4.0, 60.0),
+        point("mlip", 0.5, 150, 2.5, 58.0),
+        point("tome", 0.5, 160, 2.5, 52.0),
+    ]
+    plot_pareto(points, "mean recall (%)", tmp_path / "two.png")
+    plot_pareto(points[:2], "mean recall (%)", tmp_path / "one.png")
 
     def orange(name):  # the colour of the second line
         red, green, blue = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int).transpose(2, 0, 1)
@@ -146,3 +166,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_cost_that_was_not_measured_is_refused(value):
+    with pytest.raises(ValueError, match="images_per_second_low=.*must be finite and above 0"):
+        Cost(2.0, value, 3.0, 1.0, None)

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""`mlip evaluate` on drawn images: each kind of model equals its own library, each kind of labels is found."""
+"""`mlip evaluate` on drawn images: each kind of model equals its own library, each kind of labels is read."""
 
 import importlib.util
 import shutil
@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
-from evaluation_cases import evaluate
+from evaluation_cases import run_evaluate
 from huggingface_hub import ModelCard
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -18,14 +18,14 @@ from transformers import CLIPModel, CLIPProcessor
 
 from modeling_mlip import MLIPModel
 from modeling_mlip.data import items as data
-from modeling_mlip.data.arguments import DataArguments
 from modeling_mlip.data.collators import tokenize
-from modeling_mlip.data.items import read_image
+from modeling_mlip.data.images import read_image
 from modeling_mlip.data.shapes import PROMPTS
+from modeling_mlip.data.sources import load_splits
 from modeling_mlip.evaluation import classifiers as classification
-from modeling_mlip.evaluation.classifiers import draw_shots, few_shot, linear_probe
+from modeling_mlip.evaluation.classifiers import draw_shots, few_shot_accuracy, linear_probe_accuracy
 from modeling_mlip.evaluation.encoders import load_encoder, set_merging
-from modeling_mlip.evaluation.evaluate_command import EvaluationArguments, load_evaluation
+from modeling_mlip.evaluation.evaluation_split import prepare_split
 from modeling_mlip.evaluation.labels import find_label_columns, read_classes
 from modeling_mlip.evaluation.templates import DEFAULT_TEMPLATES, read_templates
 from modeling_mlip.hub.cli import main as mlip
@@ -38,7 +38,7 @@ from modeling_mlip.hub.cli import main as mlip
 def test_each_kind_of_model_gives_the_zero_shot_accuracy_of_its_own_library(kind, sources, splits, files, tmp_path):
     rows, names = splits["validation"], splits["validation"].features["colour"].names
     flags = ["--validation_file", files["validation"], "--label_columns", "colour", "--templates", PROMPTS["colour"]]
-    found = evaluate(sources[kind], tmp_path, *flags)
+    found = run_evaluate(sources[kind], tmp_path, *flags)
     prompts = [PROMPTS["colour"].format(name) for name in names]
     if kind == "open_clip":
         model, transform = open_clip.create_model_from_pretrained(sources[kind].removeprefix("open_clip:"))
@@ -71,7 +71,7 @@ def test_merging_is_set_on_mlip_models_alone(sources):
     vision = encoder.model.vision_model.config
     assert (encoder.merge_ratio, vision.merge_ratio, vision.merge_method) == (0.25, 0.25, "tome")
     assert all(layer.config.merge_method == "tome" for layer in encoder.model.vision_model.encoder.layers)
-    with pytest.raises(ValueError, match="clip is no MLIP model and merges no tokens.*mlip convert"):
+    with pytest.raises(ValueError, match="clip is not an MLIP model and merges no tokens.*mlip convert"):
         set_merging(load_encoder(sources["clip"]), 0.5)
 
 
@@ -79,11 +79,11 @@ def test_merging_is_set_on_mlip_models_alone(sources):
 
 
 def test_a_folder_of_classes_is_classified_by_its_folders(sources, files, tmp_path, capsys):
-    found = evaluate(sources["mlip"], tmp_path, "--data_dir", files["images"], "--templates", "a shape, {}")
+    found = run_evaluate(sources["mlip"], tmp_path, "--data_dir", files["images"], "--templates", "a shape, {}")
     assert "text_to_image_recall@1" not in found
     assert found["images"] == 40 and 0 <= found["zero_shot_label_accuracy@1"] <= 100
     flags = ["--validation_file", files["validation"], "--label_columns", "texture", "--templates", "a shape, big {}"]
-    by_column = evaluate(sources["mlip"], tmp_path, *flags)  # the same images and prompts from elsewhere
+    by_column = run_evaluate(sources["mlip"], tmp_path, *flags)  # the same images and prompts from elsewhere
     assert found["zero_shot_label_accuracy@1"] == by_column["zero_shot_texture_accuracy@1"]
     assert "mean per class" in capsys.readouterr().out
 
@@ -104,13 +104,15 @@ def test_labels_of_every_kind_become_the_same_classes(splits):
 def test_label_columns_are_found_by_kind_then_by_name(splits):
     assert find_label_columns(splits["train"], []) == ["shape", "colour", "texture"]
     assert find_label_columns(Dataset.from_dict({"image": [1], "class": ["a"], "label": ["b"]}), []) == ["label"]
-    with pytest.raises(ValueError, match="neither a caption nor a class label.*the columns are image, size"):
+    with pytest.raises(ValueError, match="No column of class labels.*the columns are image, size"):
         find_label_columns(Dataset.from_dict({"image": [1], "size": [2]}), [])
 
 
 def test_a_stream_of_labelled_images_gives_what_reading_gives(sources, files, tmp_path):
     flags = ["--data_dir", files["images"], "--templates", "a shape, {}", "--per_device_eval_batch_size", "7"]
-    assert evaluate(sources["clip"], tmp_path, *flags) == evaluate(sources["clip"], tmp_path, *flags, "--streaming")
+    assert run_evaluate(sources["clip"], tmp_path, *flags) == run_evaluate(
+        sources["clip"], tmp_path, *flags, "--streaming"
+    )
 
 
 def test_a_row_for_each_caption_is_evaluated_as_a_list_of_captions(sources, files, splits, tmp_path):
@@ -121,9 +123,11 @@ def test_a_row_for_each_caption_is_evaluated_as_a_list_of_captions(sources, file
     twice = rows.select([n for n in range(12) for _ in range(2)])
     twice.add_column("caption", [text for own in captions for text in own]).to_parquet(tmp_path / "rows.parquet")
     flags = ["--rerank", "3", "--per_device_eval_batch_size"]
-    listed = evaluate(sources["mlip"], tmp_path, "--validation_file", str(tmp_path / "listed.parquet"), *flags, "12")
+    listed = run_evaluate(
+        sources["mlip"], tmp_path, "--validation_file", str(tmp_path / "listed.parquet"), *flags, "12"
+    )
     for batch_size in ("1", "5", "24"):  # also with batches that hold no new image
-        found = evaluate(
+        found = run_evaluate(
             sources["mlip"], tmp_path, "--validation_file", str(tmp_path / "rows.parquet"), *flags, batch_size
         )
         assert found == listed | {"dataset": found["dataset"]}, batch_size
@@ -140,14 +144,18 @@ def test_classes_are_those_of_the_whole_data_set(sources, splits, tmp_path):
         paths[split] = str(tmp_path / f"{split}.parquet")
         rows.to_parquet(paths[split])
     flags = ["--train_file", paths["train"], "--validation_file", paths["validation"], "--templates", "{}"]
-    limited = evaluate(sources["mlip"], tmp_path, *flags, "--max_eval_samples", "1", "--shots", "1")
+    limited = run_evaluate(sources["mlip"], tmp_path, *flags, "--max_eval_samples", "1", "--shots", "1")
     assert limited["images"] == 1
-    args = DataArguments(
-        train_file=paths["train"], validation_file=paths["validation"], max_eval_samples=1, max_train_samples=2
+    split = prepare_split(
+        load_encoder(sources["mlip"]),
+        load_splits(train_file=paths["train"], validation_file=paths["validation"]),
+        with_captions=False,
+        with_labels=True,
+        max_eval_samples=1,
+        max_train_samples=2,
     )
-    evaluation = load_evaluation(load_encoder(sources["mlip"]), args, EvaluationArguments())
-    assert len(evaluation.classes[0].names) == len(set(splits["train"]["shape"]))
-    assert (len(evaluation.rows), len(evaluation.train)) == (1, 2)
+    assert len(split.classes[0].names) == len(set(splits["train"]["shape"]))
+    assert (len(split.rows), len(split.train)) == (1, 2)
 
 
 def test_class_labels_in_another_order_are_refused(splits):
@@ -215,7 +223,7 @@ def blobs(per_class: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_linear_probe_equals_scikit_learn_at_the_strength_chosen():
     train, labels = blobs(30, 1)
     test, test_labels = blobs(20, 2)
-    found = linear_probe(train, labels, test, test_labels, 7)
+    found = linear_probe_accuracy(train, labels, test, test_labels, 7)
     scaler = StandardScaler().fit(train)
     theirs = LogisticRegression(C=found["C"], max_iter=1000).fit(scaler.transform(train), labels)
     scores = theirs.predict_proba(scaler.transform(test))
@@ -232,23 +240,23 @@ def test_few_shots_are_so_many_of_each_class_and_more_of_them_help():
     assert set(draw_shots(labels, 2, seed=3).tolist()) < set(chosen.tolist())
     assert set(draw_shots(labels, 4, seed=4).tolist()) != set(chosen.tolist())
     test, test_labels = blobs(20, 2)
-    one, many = (few_shot(train, labels, test, test_labels, 7, shots, seeds=4) for shots in (1, 16))
+    one, many = (few_shot_accuracy(train, labels, test, test_labels, 7, shots, seeds=4) for shots in (1, 16))
     assert one["accuracy@1"] + 5 < many["accuracy@1"] < 100 and one["accuracy_spread"] > 0
     for seed in range(3):
         needed = torch.cat([draw_shots(labels, 4, seed), torch.arange(0, 210, 9)]).unique()
         among_fewer = needed[draw_shots(labels[needed], 4, seed, rows=needed)]
         assert set(among_fewer.tolist()) == set(draw_shots(labels, 4, seed).tolist())
-    with pytest.raises(ValueError, match="--shots 31: class 0 has 30 images"):
+    with pytest.raises(ValueError, match="shots=31: class 0 has 30 images"):
         draw_shots(labels, 31, seed=0)
 
 
 def test_probes_of_the_command_classify_the_validation_split(sources, files, tmp_path):
     flags = ["--data_dir", files["images"], "--templates", "{}", "--shots", "2", "8", "--seeds", "2"]
-    found = evaluate(sources["mlip"], tmp_path, *flags, "--linear_probe", "--update_model_card")
+    found = run_evaluate(sources["mlip"], tmp_path, *flags, "--linear_probe", "--update_model_card")
     for name in ("linear_probe_label_accuracy@1", "few_shot_label_2_shots_accuracy@1"):
         assert 0 <= found[name] <= 100
     assert "few_shot_label_8_shots_accuracy_spread" in found
-    alone = evaluate(sources["mlip"], tmp_path, *flags)  # encodes the images drawn alone, in other batches
+    alone = run_evaluate(sources["mlip"], tmp_path, *flags)  # encodes the images drawn alone, in other batches
     for shots in (2, 8):
         name = f"few_shot_label_{shots}_shots_accuracy@1"
         assert alone[name] == pytest.approx(found[name], abs=1.3)  # one of 80 predictions
@@ -268,12 +276,12 @@ def test_a_broken_image_does_not_cost_a_class_its_shots(sources, files, tmp_path
     own = sorted((folder / "train" / classes[0]).iterdir())
     drawn = draw_shots(torch.zeros(len(own), dtype=torch.long), 3, seed=0)  # the first class comes first
     own[drawn[0]].write_bytes(b"broken")
-    assert 0 <= evaluate(sources["mlip"], tmp_path, *flags)["few_shot_label_3_shots_accuracy@1"] <= 100
+    assert 0 <= run_evaluate(sources["mlip"], tmp_path, *flags)["few_shot_label_3_shots_accuracy@1"] <= 100
     for path in own:
         path.write_bytes(b"broken")
     assert mlip(["evaluate", "--model_name_or_path", sources["mlip"], *flags]) == 1
     name = classes[0].replace("_", " ")
-    assert f"Not one image of label '{name}' in the train split can be used" in capsys.readouterr().err
+    assert f"No image of label '{name}' in the train split can be used" in capsys.readouterr().err
 
 
 # Re-ranking
@@ -281,11 +289,11 @@ def test_a_broken_image_does_not_cost_a_class_its_shots(sources, files, tmp_path
 
 def test_reranking_reports_both_and_changes_something(sources, files, tmp_path):
     flags = ["--validation_file", files["validation"], "--rerank", "15"]
-    found = evaluate(sources["mlip"], tmp_path, *flags)
+    found = run_evaluate(sources["mlip"], tmp_path, *flags)
     plain = {name: value for name, value in found.items() if "_recall@" in name and "reranked" not in name}
     assert all(name.replace("recall", "reranked_recall") in found for name in plain)
     assert any(found[name.replace("recall", "reranked_recall")] != value for name, value in plain.items())
-    unchanged = evaluate(sources["mlip"], tmp_path, *flags, "--rerank_weight", "0")
+    unchanged = run_evaluate(sources["mlip"], tmp_path, *flags, "--rerank_weight", "0")
     assert unchanged["mean_reranked_recall"] == unchanged["mean_recall"] == found["mean_recall"]
 
 
@@ -314,23 +322,34 @@ def bad_input(sources, files, tmp_path) -> list[tuple[list[str], str]]:
     return [
         (pairs, "Give the model to evaluate as --model_name_or_path"),
         (["--model_name_or_path", sources["plain"], *pairs, "--rerank", "5"], "has token_loss_weight=0"),
-        (["--model_name_or_path", sources["clip"], *pairs, "--rerank", "5"], "is no MLIP model"),
+        (["--model_name_or_path", sources["clip"], *pairs, "--rerank", "5"], "is not an MLIP model"),
         (["--model_name_or_path", sources["clip"], *pairs, "--merge_ratio", "0.5"], "merges no tokens"),
         (["--model_name_or_path", "open_clip:ViT-B-23", *pairs], "no model 'ViT-B-23'; the nearest names are ViT-B-32"),
         (["--model_name_or_path", "open_clip:ViT-B-32", *pairs], "give the weights, as open_clip:ViT-B-32:TAG"),
-        ([*mlip_model, *images, "--rerank", "5"], "--rerank is for retrieval"),
+        ([*mlip_model, *images, "--rerank", "5"], "reranking: no column of captions has a usual name"),
         ([*mlip_model, *images, "--templates", "no place"], "'no place' has no {} for the class name"),
         ([*mlip_model, *images, "--class_names", str(tmp_path / "two.txt")], "has 2 names, and label has 3 classes"),
         ([*mlip_model, *pairs, "--label_columns", "size"], "label_columns=size: no such column"),
-        ([*mlip_model, *pairs, "--linear_probe"], "choose the column of labels with --label_columns"),
-        ([*mlip_model, *pairs, "--label_columns", "shape", "--shots", "1"], "need a train and a validation split"),
-        ([*mlip_model, *images, "--shots", "1000"], "--shots 1000: class 'big"),
+        ([*mlip_model, *pairs, "--linear_probe"], "linear_probe: choose the columns of labels with label_columns"),
+        (
+            [*mlip_model, *pairs, "--label_columns", "shape", "--shots", "1"],
+            "few_shots: give a data set with a train and a validation split",
+        ),
+        ([*mlip_model, *images, "--shots", "1000"], "shots=1000: class 'big"),
         ([*mlip_model, *pairs, "--output_file", str(tmp_path / "none" / "x.json")], "there is no folder"),
         (["--model_name_or_path", sources["clip"], *pairs, "--update_model_card"], "has no README.md"),
         ([*mlip_model, *pairs, "--output_file", str(tmp_path)], "is a folder; name a file"),
-        ([*mlip_model, *images, "--templates", str(tmp_path / "latin.txt")], "latin.txt is not in UTF-8"),
+        ([*mlip_model, *images, "--templates", str(tmp_path / "latin.txt")], "latin.txt is not UTF-8"),
         ([*mlip_model, *pairs, "--max_seq_length", "100"], "takes 3 (BOS, one token, EOS) to"),
-        ([*mlip_model, *images, "--max_seq_length", "1"], "--max_seq_length 1:"),
+        ([*mlip_model, *images, "--max_seq_length", "1"], "max_seq_length=1:"),
+        ([*mlip_model, *pairs, "--templates", "a {}"], "has no effect: the task zero_shot does not run"),
+        ([*mlip_model, *pairs, "--seeds", "2"], "seeds=2 has no effect: the task few_shots does not run"),
+        ([*mlip_model, *images, "--shots", "0"], "shots=[0]: choose 1 or more"),
+        ([*mlip_model, *pairs, "--rerank", "-1"], "rerank=-1: choose 0 or more"),
+        ([*mlip_model, *pairs, "--rerank", "5", "--rerank_weight", "nan"], "rerank_weight=nan: choose a finite"),
+        ([*mlip_model, *pairs, "--skip_budget", "nan"], "skip_budget=nan: choose a share from 0 to 1"),
+        ([*mlip_model, *pairs, "--per_device_eval_batch_size", "0"], "per_device_eval_batch_size=0: choose 1 or more"),
+        ([*mlip_model, *pairs, "--merge_ratio", "nan"], "merge_ratio"),
         (["--model_name_or_path", f"open_clip:RN50:{tmp_path / 'two.txt'}", *pairs], "could not be loaded"),
     ]
 
@@ -354,6 +373,6 @@ def test_a_label_that_is_no_class_is_skipped_and_counted(sources, files, splits,
     rows.to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "names.txt").write_text("a\nb\n")
     flags = ["--validation_file", str(tmp_path / "rows.parquet"), "--class_names", str(tmp_path / "names.txt")]
-    assert evaluate(sources["clip"], tmp_path, *flags, "--skip_budget", "0.5")["images"] == 4
+    assert run_evaluate(sources["clip"], tmp_path, *flags, "--skip_budget", "0.5")["images"] == 4
     assert mlip(["evaluate", "--model_name_or_path", sources["clip"], *flags]) == 1
     assert "label='c' is none of the 2 classes" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 
 import socket
 
+import numpy as np
 import pytest
 import torch
 from conftest import open_gate, pairs_batch, small_model
@@ -10,9 +11,16 @@ from sklearn.metrics import balanced_accuracy_score
 from transformers import CLIPConfig, CLIPModel
 
 from modeling_mlip.evaluation import embedding, metrics
+from modeling_mlip.evaluation.classifiers import few_shot_accuracy
 from modeling_mlip.evaluation.embedding import class_embeddings, encode_pairs, encode_variants
-from modeling_mlip.evaluation.metrics import RetrievalRecall, ZeroShotAccuracy, retrieval_metrics, zero_shot_metrics
-from modeling_mlip.evaluation.reranking import token_rescore
+from modeling_mlip.evaluation.metrics import (
+    RetrievalRecall,
+    ZeroShotAccuracy,
+    accuracy_metrics,
+    retrieval_metrics,
+    zero_shot_metrics,
+)
+from modeling_mlip.evaluation.token_rescoring import token_rescore
 from modeling_mlip.losses import token_scores
 
 EOS = 59
@@ -66,7 +74,7 @@ def test_recall_equals_the_naive_one_whatever_the_chunk(seed, max_scores, monkey
     assert ours == pytest.approx(naive_recall(image_embeds, text_embeds, caption_image, different))
 
 
-def test_any_caption_of_an_image_is_a_hit_and_each_caption_asks_for_its_image():
+def test_any_caption_of_an_image_is_a_hit_and_each_caption_is_a_query():
     image_embeds = torch.eye(2)
     text_embeds = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])  # the second caption of image 0 looks like image 1
     found = retrieval_metrics(image_embeds, text_embeds, torch.tensor([0, 0, 1]))
@@ -77,7 +85,7 @@ def test_any_caption_of_an_image_is_a_hit_and_each_caption_asks_for_its_image():
 
 
 @pytest.mark.parametrize("value", [1.0, 0.0, float("nan")])
-def test_a_model_that_says_nothing_scores_nothing(value):
+def test_constant_and_nan_embeddings_score_zero(value):
     found = retrieval_metrics(torch.full((30, 7), value), torch.full((60, 7), value), torch.arange(60) % 30)
     assert set(found.values()) == {0}
     assert zero_shot_metrics(torch.full((30, 7), value), torch.arange(30) % 6, torch.full((6, 7), value)) == {
@@ -85,6 +93,35 @@ def test_a_model_that_says_nothing_scores_nothing(value):
         "accuracy@5": 0,
         "mean_per_class_accuracy": 0,
     }
+
+
+def test_nan_is_a_miss_even_where_every_answer_is_right_or_among_the_first_k():
+    nan = torch.full((1, 4), float("nan"))
+    assert set(retrieval_metrics(nan, nan, torch.tensor([0])).values()) == {0}  # no wrong answer is ahead of it
+    three = torch.full((3, 4), float("nan"))
+    assert set(retrieval_metrics(three, three, torch.arange(3)).values()) == {0}  # three answers, and k = 5
+    good = torch.eye(3)
+    not_a_score = (lambda rows, candidates: torch.full(candidates.shape, float("nan")),) * 2
+    assert set(retrieval_metrics(good, good, torch.arange(3), None, 1, not_a_score).values()) == {0}
+
+
+def test_a_classifier_whose_scores_are_nan_scores_nothing(monkeypatch):
+    from sklearn.linear_model import LogisticRegression
+
+    monkeypatch.setattr(
+        LogisticRegression, "predict_log_proba", lambda self, rows: np.full((len(rows), len(self.classes_)), np.nan)
+    )
+    labels = torch.arange(12) % 6
+    found = few_shot_accuracy(torch.randn(12, 4), labels, torch.randn(12, 4), labels, 6, shots=2, seeds=2)
+    assert found == {"accuracy@1": 0, "accuracy_spread": 0}
+
+
+def test_no_image_has_no_accuracy():
+    none = torch.empty(0, dtype=torch.long)
+    with pytest.raises(ValueError, match="Got 0 ranks"):
+        accuracy_metrics(none, none, 3)
+    with pytest.raises(ValueError, match="seeds=0"):
+        few_shot_accuracy(torch.eye(2), torch.arange(2), torch.eye(2), torch.arange(2), 2, shots=1, seeds=0)
 
 
 def test_float_rounding_is_a_tie():
@@ -235,7 +272,7 @@ def test_no_batch_of_captions_is_larger_than_that_of_images(model, monkeypatch):
     assert sizes == [2] * 5
 
 
-def test_nothing_to_evaluate_is_said(model):
+def test_a_data_set_without_a_usable_image_is_an_error(model):
     with pytest.raises(ValueError, match="Nothing to evaluate.*after image 0"):
         encode_pairs(model, [collate(torch.empty(0, 3, 16, 16), [])], "cpu", "encode")
 
@@ -320,7 +357,7 @@ def test_reranking_equals_the_naive_one(top, max_scores, monkeypatch):
     assert (ours == plain) == (top == 1)
 
 
-def test_reranking_never_helps_a_model_that_says_nothing():
+def test_reranking_of_constant_scores_scores_zero():
     embeds = torch.ones(30, 7)
     same = (lambda rows, candidates: torch.zeros(candidates.shape),) * 2
     assert set(retrieval_metrics(embeds, embeds, torch.arange(30), None, 5, same).values()) == {0}
@@ -343,6 +380,22 @@ def test_token_scores_of_reranking_are_those_of_the_loss():
     torch.testing.assert_close(of_images(rows, candidates), expected.flip(1), atol=2e-2, rtol=0)  # kept in float16
     expected = outputs.logits_per_text + weight * by_text.T
     torch.testing.assert_close(of_captions(rows, candidates), expected.flip(1), atol=2e-2, rtol=0)
+
+
+def test_tokens_of_several_settings_in_one_pass_are_those_of_a_pass_each():
+    model = open_gate(small_model())
+    pairs = pairs_batch(4)
+    batch = {**pairs, "caption_image": torch.arange(4), "kept": torch.arange(4), "skipped": [], "num_truncated": 0}
+    settings = [lambda: model.set_merge_ratio(0), lambda: model.set_merge_ratio(0.5)]
+    together = encode_variants(model, [batch, batch], "cpu", "encode", settings, with_tokens=True)
+    for apply_setting, found in zip(settings, together, strict=True):
+        apply_setting()
+        alone = encode_pairs(model, [batch, batch], "cpu", "encode", with_tokens=True)
+        for kind in ("image_tokens", "image_weights", "text_tokens"):
+            ours, theirs = getattr(found.tokens, kind), getattr(alone.tokens, kind)
+            assert len(ours) == len(theirs) == 8
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert len(together[0].tokens.image_tokens[0]) > len(together[1].tokens.image_tokens[0])
 
 
 def test_zero_shot_module_equals_the_function_without_network(monkeypatch):

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""What is drawn is what the model did, against formulas and the model's own outputs; pages are whole; bad input."""
+"""Pictures against formulas and the model's own outputs; pages are complete; bad input is refused."""
 
 import base64
 import re
@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from modeling_mlip import MLIPForImageClassification
 from modeling_mlip.data.caption_tokenizer import train_tokenizer
 from modeling_mlip.evaluation.visualize import visualize as command
-from modeling_mlip.evaluation.visualize.inspection import caption_words, filter_magnitudes, observe
+from modeling_mlip.evaluation.visualize.inspection import caption_words, filter_magnitudes, inspect_image
 from modeling_mlip.evaluation.visualize.pictures import fill_regions, region_borders, tint_regions
 from modeling_mlip.hub.cli import main as mlip
 
@@ -27,7 +27,7 @@ def processor() -> CLIPProcessor:
     return CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), tokenizer)
 
 
-def seeing_model(processor: CLIPProcessor, vision: dict | None = None, **keys):
+def build_model(processor: CLIPProcessor, vision: dict | None = None, **keys):
     tokenizer = processor.tokenizer
     text = dict(
         vocab_size=len(tokenizer),
@@ -49,7 +49,7 @@ def noise(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
 @pytest.fixture(scope="module")
 def folder(processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
-    seeing_model(processor).save_pretrained(folder)
+    build_model(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -63,29 +63,29 @@ def same_partition(one: np.ndarray, other: np.ndarray) -> bool:
     return np.array_equal(one[:, None] == one[None], other[:, None] == other[None])
 
 
-# What is seen
+# Inspection
 
 
 @pytest.mark.parametrize("method", ["mlip", "tome", "elip"])
 def test_the_stages_end_in_the_models_own_token_map(processor, method):
-    model = seeing_model(processor, {"merge_method": method})
-    seen = observe(model, processor, noise())
+    model = build_model(processor, {"merge_method": method})
+    inspection = inspect_image(model, processor, noise())
     with torch.no_grad():
         theirs = model.get_image_features(pixel_values=pixel_values(processor, noise()), output_token_map=True)
-    assert torch.equal(seen.stages[-1].after, theirs.token_map[0])
-    assert len(seen.stages) == 3 and seen.num_tokens == [64, 64, 47, 35, 26]
-    for first, second in zip(seen.stages, seen.stages[1:], strict=False):
+    assert torch.equal(inspection.stages[-1].after, theirs.token_map[0])
+    assert len(inspection.stages) == 3 and inspection.num_tokens == [64, 64, 47, 35, 26]
+    for first, second in zip(inspection.stages, inspection.stages[1:], strict=False):
         assert torch.equal(first.after, second.before)
-    for stage in seen.stages:  # a stage splits nothing
+    for stage in inspection.stages:  # a stage splits nothing
         pairs = set(zip(stage.before.tolist(), stage.after.tolist(), strict=True))
         assert len(pairs) == stage.before.max() + 1
 
 
 def test_importance_is_what_the_layers_are_guided_by(processor):
-    model = seeing_model(processor)
-    seen = observe(model, processor, noise())
+    model = build_model(processor)
+    inspection = inspect_image(model, processor, noise())
     guides = []
-    for stage in seen.stages:
+    for stage in inspection.stages:
         layer = model.vision_model.encoder.layers[stage.layer]
         original = layer._match
 
@@ -96,8 +96,8 @@ def test_importance_is_what_the_layers_are_guided_by(processor):
         layer._match = match
     with torch.no_grad():
         model.get_image_features(pixel_values=pixel_values(processor, noise()))
-    assert len(guides) == len(seen.stages) == 3
-    for stage, (spatial, frequency) in zip(seen.stages, guides, strict=True):
+    assert len(guides) == len(inspection.stages) == 3
+    for stage, (spatial, frequency) in zip(inspection.stages, guides, strict=True):
         torch.testing.assert_close(stage.spatial, spatial)
         torch.testing.assert_close(stage.frequency, frequency)
         maps = stage.importance()
@@ -108,10 +108,10 @@ def test_importance_is_what_the_layers_are_guided_by(processor):
 
 
 def test_word_alignment_is_the_mean_cosine_of_a_words_tokens_in_float64(processor):
-    model = seeing_model(processor)
-    seen = observe(model, processor, noise(), CAPTION)
-    words = [word.text for word in seen.words]
-    assert words == ["A", "dog's", "bone", "medium-light", "xylophones"] and seen.num_truncated == 0
+    model = build_model(processor)
+    inspection = inspect_image(model, processor, noise(), CAPTION)
+    words = [word.text for word in inspection.words]
+    assert words == ["A", "dog's", "bone", "medium-light", "xylophones"] and inspection.num_truncated == 0
 
     text = processor.tokenizer(CAPTION, return_tensors="pt")
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_word_alignment_is_the_mean_cosine_of_a_words_tokens_in_float64(processo
             elif spans[word]:  # the hyphen and the apostrophe within a word
                 spans[word].append(place)
     assert len(spans["xylophones"]) > 2
-    for word in seen.words:
+    for word in inspection.words:
         for patch in range(64):
             i = image[vision.token_map[0, patch]]
             cosines = [captions[n] @ i / np.linalg.norm(captions[n]) / np.linalg.norm(i) for n in spans[word.text]]
@@ -149,13 +149,13 @@ def test_word_alignment_is_the_mean_cosine_of_a_words_tokens_in_float64(processo
 
 
 def test_similarity_is_the_models(processor):
-    model = seeing_model(processor)
-    seen = observe(model, processor, noise(), CAPTION)
+    model = build_model(processor)
+    inspection = inspect_image(model, processor, noise(), CAPTION)
     with torch.no_grad():
         text = processor.tokenizer(CAPTION, return_tensors="pt")
         theirs = model(**text, pixel_values=pixel_values(processor, noise()))
-    assert seen.logit == pytest.approx(float(theirs.logits_per_image), rel=1e-4)
-    assert seen.cosine == pytest.approx(float(theirs.image_embeds[0] @ theirs.text_embeds[0]), rel=1e-4)
+    assert inspection.logit == pytest.approx(float(theirs.logits_per_image), rel=1e-4)
+    assert inspection.cosine == pytest.approx(float(theirs.image_embeds[0] @ theirs.text_embeds[0]), rel=1e-4)
 
 
 def test_words_follow_offsets_and_those_cut_off_are_counted():
@@ -167,14 +167,16 @@ def test_words_follow_offsets_and_those_cut_off_are_counted():
 
 
 def test_the_crop_is_the_processors_without_normalisation(processor):
-    seen = observe(seeing_model(processor), processor, noise(48, 32))
-    assert np.array_equal(seen.crop, np.asarray(noise(48, 32))[:, 8:40])  # as high as the crop: nothing is resized
+    inspection = inspect_image(build_model(processor), processor, noise(48, 32))
+    assert np.array_equal(
+        inspection.crop, np.asarray(noise(48, 32))[:, 8:40]
+    )  # as high as the crop: nothing is resized
 
 
 @pytest.mark.parametrize("patch_size", [4, 5])  # an even and an odd grid
 def test_filters_are_drawn_as_they_act(processor, patch_size):
     vision = {"patch_size": patch_size, "image_size": 8 * patch_size if patch_size == 4 else 35}
-    model = seeing_model(processor, vision)
+    model = build_model(processor, vision)
     magnitudes = filter_magnitudes(model)
     H = W = vision["image_size"] // patch_size
     assert len(magnitudes) == 2
@@ -189,20 +191,20 @@ def test_filters_are_drawn_as_they_act(processor, patch_size):
                 np.testing.assert_allclose(magnitude[u + H // 2, v + W // 2], expected, atol=1e-9)
 
 
-# What is drawn
+# Pictures
 
 
 def test_filled_regions_are_the_partition_of_the_token_map(processor):
-    seen = observe(seeing_model(processor), processor, noise())
-    for stage in seen.stages:
-        labels = stage.after.view(seen.grid).numpy()
-        filled = fill_regions(seen.crop, labels)
+    inspection = inspect_image(build_model(processor), processor, noise())
+    for stage in inspection.stages:
+        labels = stage.after.view(inspection.grid).numpy()
+        filled = fill_regions(inspection.crop, labels)
         colours = filled[::4, ::4].reshape(64, 3).astype(int) @ [1, 256, 65536]  # of each patch's corner
         assert same_partition(colours, labels.ravel())  # noise: no two regions have one mean
         assert np.array_equal(filled, filled[::4, ::4].repeat(4, 0).repeat(4, 1))
         for token in range(labels.max() + 1):
             inside = (labels == token).repeat(4, 0).repeat(4, 1)
-            np.testing.assert_allclose(filled[inside][0], seen.crop[inside].mean(axis=0), atol=0.51)
+            np.testing.assert_allclose(filled[inside][0], inspection.crop[inside].mean(axis=0), atol=0.51)
         tinted = tint_regions(labels)
         alone = np.bincount(labels.ravel())[labels] == 1
         assert np.array_equal(tinted[..., 3] == 0, alone)
@@ -241,7 +243,7 @@ def test_a_page_is_whole_and_holds_every_picture(folder, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == sorted([*pictures, "a & b.html"])  # and nothing aside
     page = (out / "a & b.html").read_text()
     assert images_of(page) == [(out / name).read_bytes() for name in pictures]
-    assert "What the model sees of a &amp; b.png" in page and "&lt;b&gt;$x$ dog" in page and "<b>" not in page
+    assert "a &amp; b.png in the model" in page and "&lt;b&gt;$x$ dog" in page and "<b>" not in page
     assert not re.search(r"https?://|<script|<link|@import", page)
     assert "Left out" not in page
     similarity = re.search(r"64 patches -> 26 tokens, similarity (-?0\.\d{4})", capsys.readouterr().out).group(1)
@@ -257,14 +259,14 @@ def test_a_page_is_whole_and_holds_every_picture(folder, tmp_path, capsys):
 
 def test_parts_that_a_model_lacks_are_named(processor, tmp_path):
     folder = tmp_path / "model"
-    seeing_model(processor, {"frequency_layers": 0}, token_loss_weight=0).save_pretrained(folder)
+    build_model(processor, {"frequency_layers": 0}, token_loss_weight=0).save_pretrained(folder)
     processor.save_pretrained(folder)
     noise().save(tmp_path / "x.png")
     pages = command.visualize(str(folder), [tmp_path / "x.png"], tmp_path / "out", "a dog", merge_method="tome")
     page = next(iter(pages)).read_text()
     assert len(images_of(page)) == 2
     assert "no frequency stage (frequency_layers=0)" in page and "(token_loss_weight=0)" in page
-    assert "&#x27;tome&#x27;, goes by none of them" in page
+    assert "&#39;tome&#39;, uses none of them" in page
     assert not (tmp_path / "out" / "filters.png").exists()
 
 
@@ -312,11 +314,11 @@ def test_bad_input_is_refused_in_one_line_that_names_it(folder, processor, tmp_p
         (model, str(tmp_path / "text.png"), out, [], "text.png: not an image"),
         (model, str(tmp_path / "cut.png"), out, [], "cut.png: not an image that can be read"),
         (model, str(tmp_path / "empty"), out, [], "holds no image"),
-        (model, image, str(tmp_path / "text.png"), [], "is a file; choose a folder"),
+        (model, image, str(tmp_path / "text.png"), [], "text.png is a file; choose a folder"),
         (model, image, out, ["--merge_ratio", "1.5"], "merge_ratio=1.5"),
         (model, image, out, ["--merge_method", "best"], "merge_method='best' is unknown; choose one of 'mlip'"),
         (str(tmp_path / "empty"), image, out, [], "holds no config.json"),
-        (str(tmp_path / "clip"), image, out, [], "'clip'; here it may be 'mlip'"),
+        (str(tmp_path / "clip"), image, out, [], "'clip'; choose a model of type 'mlip'"),
         (str(tmp_path / "classifier"), image, out, [], "MLIPForImageClassification; give a saved MLIPModel"),
     ]:
         assert mlip(["visualize", source, "--image", picture, "--output_dir", target, *more]) == 1, expected

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Scores of retrieval candidates from their tokens, for re-ranking."""
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,19 @@ from .metrics import Rescore
 
 
 def token_rescore(model: MLIPModel, encoded: EncodedPairs, weight: float) -> tuple[Rescore, Rescore]:
-    """Scores for `retrieval_metrics` that add what the tokens say: the cosine of the embeddings times its learned
-    temperature, plus `weight` times the late-interaction score of the same direction times its own.
+    """Candidate scores for `retrieval_metrics`: exp(logit_scale) * cosine + weight * exp(token_logit_scale) * late
+    interaction, each direction with its own late-interaction score.
 
     Args:
-        model: that `encoded` is of, with tokens.
-        weight: 0 leaves the order of the candidates as it was.
+        model: the model that computed `encoded`.
+        encoded: with tokens.
+        weight: 0 keeps the order by cosine.
+
+    Returns:
+        scores of caption candidates for images, and of image candidates for captions.
+
+    Raises:
+        ValueError: if `encoded` holds no tokens.
 
     Source: FILIP (Yao et al. 2022, arXiv 2111.07783) for the score of tokens.
     """
@@ -27,7 +34,7 @@ def token_rescore(model: MLIPModel, encoded: EncodedPairs, weight: float) -> tup
     device = model.device
     scale, token_scale = temperature(model.logit_scale).item(), temperature(model.token_logit_scale).item()
 
-    def tokens_of(images: list[int], captions: list[int]) -> TokenEmbeddings:
+    def gather_tokens(images: list[int], captions: list[int]) -> TokenEmbeddings:
         text = [bank.text_tokens[caption].float() for caption in captions]
         weights = [bank.image_weights[image] for image in images]
         embeddings = TokenEmbeddings(
@@ -39,21 +46,21 @@ def token_rescore(model: MLIPModel, encoded: EncodedPairs, weight: float) -> tup
         return TokenEmbeddings(*(tensor.to(device) for tensor in embeddings))
 
     @torch.inference_mode()
-    def of_images(rows: Tensor, candidates: Tensor) -> Tensor:
+    def score_captions(rows: Tensor, candidates: Tensor) -> Tensor:
         scores = torch.einsum("qd,qkd->qk", encoded.image_embeds[rows], encoded.text_embeds[candidates])
         tokens = [
-            token_scores(*tokens_of([image], captions))[0][0].cpu()  # (1, K) -> (K,)
+            token_scores(*gather_tokens([image], captions))[0][0].cpu()  # (1, K) -> (K,)
             for image, captions in zip(rows.tolist(), candidates.tolist(), strict=True)
         ]
         return scale * scores + weight * token_scale * torch.stack(tokens)
 
     @torch.inference_mode()
-    def of_captions(rows: Tensor, candidates: Tensor) -> Tensor:
+    def score_images(rows: Tensor, candidates: Tensor) -> Tensor:
         scores = torch.einsum("qd,qkd->qk", encoded.text_embeds[rows], encoded.image_embeds[candidates])
         tokens = [
-            token_scores(*tokens_of(images, [caption]))[1][:, 0].cpu()  # (K, 1) -> (K,)
+            token_scores(*gather_tokens(images, [caption]))[1][:, 0].cpu()  # (K, 1) -> (K,)
             for caption, images in zip(rows.tolist(), candidates.tolist(), strict=True)
         ]
         return scale * scores + weight * token_scale * torch.stack(tokens)
 
-    return of_images, of_captions
+    return score_captions, score_images
