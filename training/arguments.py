@@ -1,104 +1,172 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Arguments of training: the model to start from, and `TrainingArguments` with the defaults of contrastive training."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from .distributed import TOKEN_LOSS_SCOPES
+from .objective import TOKEN_LOSS_SCOPES
+
+# Metric of the best model, and of learning rate schedules that follow a metric. Higher is better.
+DEFAULT_METRIC = "eval_mean_recall"
+METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
 class ModelArguments:
-    """The model to start from: one of the two."""
+    """The model to start from. Exactly one of `model_name_or_path` and `config_name` is required."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A saved MLIP model or a CLIP model of transformers: a folder or a Hub id."}
+        default=None,
+        metadata={"help": "A saved MLIP model, or a CLIP model of transformers: a folder or a Hub id."},
     )
     config_name: str | None = field(
         default=None,
-        metadata={"help": "Train from scratch: tiny, vit-b-32, vit-b-16, vit-l-14, or a folder with a config.json."},
+        metadata={
+            "help": "Train from scratch with this configuration: tiny, vit-b-32, vit-b-16, vit-l-14, or a folder "
+            "with a config.json."
+        },
     )
     tokenizer_name: str | None = field(
         default=None,
         metadata={
-            "help": "A CLIP tokenizer: a folder or a Hub id. Without it the one of --model_name_or_path is taken, or, "
-            "from scratch, one is trained on the captions."
+            "help": "A CLIP tokenizer: a folder or a Hub id. If not given, the tokenizer of --model_name_or_path is "
+            "used; from scratch, a tokenizer is trained on the captions."
         },
     )
-
     attn_implementation: str = field(
-        default="sdpa", metadata={"help": "sdpa or eager; on a CPU eager trains faster on short sequences."}
+        default="sdpa",
+        metadata={"help": "Attention kernel: sdpa or eager. On a CPU, eager trains faster on short sequences."},
     )
 
 
 @dataclass
 class MLIPTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the defaults of contrastive training."""
+    """`transformers.TrainingArguments` with the defaults of contrastive training, and arguments of `MLIPTrainer`.
+
+    Without `do_train`, `do_eval` and `do_predict`, a run of `mlip train` trains, and evaluates if there is validation
+    data. The metric for the best model is `eval_mean_recall` if not given.
+
+    `docs/training-arguments.md` lists which arguments of `TrainingArguments` work and which are refused.
+
+    Raises:
+        ValueError: if a value is not allowed, or if values contradict each other.
+    """
 
     per_device_train_batch_size: int = field(
-        default=128, metadata={"help": "Pairs per device; together they are one contrastive batch."}
+        default=128, metadata={"help": "Pairs per device. The pairs of all devices form one contrastive batch."}
     )
     per_device_eval_batch_size: int = field(
-        default=128, metadata={"help": "Images or captions per device; the metrics do not depend on it."}
+        default=128, metadata={"help": "Images or captions per device in evaluation. It does not change the metrics."}
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Not on norms, biases, gates, positions, temperatures."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of AdamW; CLIP's value for a ViT."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or a share of the run if below 1."})
-    report_to: None | str | list[str] = field(
-        default="tensorboard", metadata={"help": "Where logs go besides the progress bar: tensorboard, wandb, none ..."}
+    weight_decay: float = field(
+        default=0.1,
+        metadata={"help": "Weight decay of AdamW. Norms, biases, gates, positions and temperatures have none."},
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between logs, or a share of the run if below 1."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of AdamW. The default is CLIP's for a ViT."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Learning rate schedule, one of transformers.SchedulerType."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Warm-up steps; a value below 1 is a fraction of all steps."}
+    )
+    report_to: None | str | list[str] = field(
+        default="tensorboard",
+        metadata={"help": "Where logs are sent besides the progress bar: tensorboard, wandb, none, ..."},
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between logs; a value below 1 is a fraction of all steps."}
+    )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further options of the learning rate schedule, as JSON."}
+    )
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metric for --load_best_model_at_end, --save_strategy best and schedules that follow a metric; "
+            "eval_mean_recall if not given."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Only false is allowed: the data set and the collator need their columns."}
+    )
     sweep: bool = field(
         default=True,
-        metadata={"help": "After training, evaluate at merge ratios 0, 0.3, 0.5 and 0.7 too, for the model card."},
+        metadata={"help": "After training, also evaluate at merge ratios 0, 0.3, 0.5 and 0.7 for the model card."},
     )
     start_merge_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Share of patch tokens merged away in the first step; it moves in a straight line to the model's "
-            "--merge_ratio with the last. A high one, such as 0.9, makes early steps cheap. Evaluation and what is "
-            "saved keep --merge_ratio."
+            "help": "Fraction of patch tokens merged in the first step. It changes linearly to the model's "
+            "--merge_ratio in the last step. A high value such as 0.9 makes early steps cheap. Evaluation and the "
+            "saved model use --merge_ratio."
         },
     )
     mini_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Pairs that a device computes at a time, to fit --per_device_train_batch_size into memory. The "
-            "gradients are those of the whole batch; the towers' forward pass is computed twice."
+            "help": "Pairs that a device computes at a time, so that --per_device_train_batch_size fits into memory. "
+            "The gradients are those of the whole batch. The forward pass of both towers is computed twice."
         },
     )
     token_loss_scope: str = field(
         default="global",
         metadata={
-            "help": "The negatives of the token loss where token_loss_group_size is null: 'global', the pairs of all "
-            "devices, or 'local', its own (a sixth less time for a step of tiny on two devices of 128 pairs)."
+            "help": "Negatives of the token loss if token_loss_group_size is null: 'global' (the pairs of all devices) "
+            "or 'local' (the pairs of this device). 'local' is faster."
         },
     )
     max_nonfinite_steps: int = field(
         default=5,
         metadata={
-            "help": "A step whose loss or gradient is not finite is skipped; so many of them in a row end the run."
+            "help": "A step is skipped if its loss or gradient is not finite. The run ends with an error after this "
+            "many skipped steps in a row."
         },
     )
     skip_budget: float = field(
-        default=0.01, metadata={"help": "Share of broken images and empty captions at which the run stops."}
+        default=0.01,
+        metadata={"help": "Fraction of broken images and empty captions above which the run ends with an error."},
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        self.has_task_flags = self.do_train or self.do_eval or self.do_predict
+        self.do_train = self.do_train or not self.has_task_flags
+        self._set_metric_defaults()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # some of transformers' messages have several lines
+            raise ValueError(" ".join(str(error).split())) from error
+        self._set_schedule_defaults()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-        # The collator and the model agree on their own keys, and loss parts are no labels.
-        self.remove_unused_columns = False
-        self.label_names = []
-        # Every weight has a gradient in every step, and the only buffers are positions.
+        # No key of a batch is a label; Trainer would search for some.
+        self.label_names = self.label_names or []
+        # Every parameter has a gradient in every step, and the only buffers are position ids, which never change.
         self.ddp_find_unused_parameters = self.ddp_find_unused_parameters or False
         self.ddp_broadcast_buffers = self.ddp_broadcast_buffers or False
+        self._check_ranges()
+
+    def _set_metric_defaults(self) -> None:
+        # Enumerations of transformers are strings, so `in` and `==` also work with their members.
+        selects_best = self.load_best_model_at_end or self.save_strategy == "best"
+        if self.metric_for_best_model is None and (selects_best or self.lr_scheduler_type in METRIC_SCHEDULERS):
+            self.metric_for_best_model = DEFAULT_METRIC
+
+    def _set_schedule_defaults(self) -> None:
+        options = self.lr_scheduler_kwargs
+        if options is not None and not isinstance(options, dict):
+            raise ValueError(
+                f"lr_scheduler_kwargs={options!r}: give a dictionary, as JSON such as '{{\"num_cycles\": 0.5}}'."
+            )
+        if self.lr_scheduler_type in METRIC_SCHEDULERS:
+            # The schedules' own default is "min": they would lower the learning rate when recall rises.
+            self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **(options or {})}
+
+    def _check_ranges(self) -> None:
         if not 0 <= self.skip_budget <= 1:
-            raise ValueError(f"skip_budget={self.skip_budget}: choose a share from 0 to 1.")
+            raise ValueError(f"skip_budget={self.skip_budget}: choose a fraction from 0 to 1.")
         if self.mini_batch_size is not None and self.mini_batch_size < 1:
             raise ValueError(f"mini_batch_size={self.mini_batch_size}: choose 1 or more, or leave it out.")
         if self.max_nonfinite_steps < 1:

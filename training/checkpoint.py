@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
-from modeling_mlip.data.items import StreamedPairDataset
+from modeling_mlip.data.items import StreamedPairDataset, set_epoch
 from modeling_mlip.data.skip_budget import SkipBudget
 
 from .objective import Objective
@@ -298,16 +298,6 @@ class InterruptibleTrainer(Trainer):
             "workers": self._num_workers,
             "batch size": self._train_batch_size,
         }
-
-
-def set_epoch(dataset: Any, epoch: int) -> None:
-    """Calls `set_epoch` of a data set, or of those that it wraps (torch's Subset and ConcatDataset)."""
-    if hasattr(dataset, "set_epoch"):
-        dataset.set_epoch(epoch)
-        return
-    wrapped = [dataset.dataset] if hasattr(dataset, "dataset") else getattr(dataset, "datasets", [])
-    for inner in wrapped:
-        set_epoch(inner, epoch)
 
 
 def check_checkpoint(folder: str) -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""TODO docstring."""
+"""Learning curves of a training run, drawn from the log of the Trainer."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-# Title of a panel, and the keys of the log that it shows.
+# Title of each panel, and a pattern of the log keys that it shows.
 PANELS = (
     ("Loss", r"(eval_)?loss|(spatial|frequency|token)_loss"),
     ("Learning rate", r"learning_rate"),
@@ -18,7 +18,11 @@ PANELS = (
 
 
 def plot_learning_curves(log_history: list[dict[str, Any]], path: str | Path) -> None:
-    """Draws the Trainer's `log_history` over steps as a PNG; writes nothing if there is nothing to draw."""
+    """Draw the values of the Trainer's `log_history` over the steps.
+
+    Args:
+        path: the PNG to write. Nothing is written if no panel has a value.
+    """
     panels = []
     for title, pattern in PANELS:
         curves: dict[str, list[tuple[int, float]]] = {}

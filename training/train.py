@@ -2,152 +2,42 @@
 """`mlip train`: train or fine-tune on image-caption pairs, evaluate, save.
 
     mlip train --config_name tiny --dataset_name shapes --output_dir runs/shapes --num_train_epochs 5
-    mlip train --config_name tiny --merge_ratio 0.5 --train_file train.parquet --validation_file test.parquet \
+    mlip train --config_name tiny --merge_ratio 0.5 --train_file train.parquet --validation_file test.parquet \\
         --output_dir runs/mine --num_train_epochs 20 --eval_strategy epoch
     mlip train --model_name_or_path runs/mine --data_dir my_images --output_dir runs/fine --learning_rate 1e-5
+    mlip train --model_name_or_path runs/fine --validation_file test.parquet --output_dir runs/fine --do_eval
+
+Without --do_train and --do_eval it trains, and then evaluates if there is validation data.
 """
 
-import argparse
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, HfArgumentParser, set_seed
+from transformers import CLIPProcessor, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_mlip import MLIPConfig, MLIPModel
+from modeling_mlip import MLIPConfig
 from modeling_mlip.data.arguments import DataArguments
-from modeling_mlip.data.caption_tokenizer import train_tokenizer
-from modeling_mlip.data.columns import find_columns
-from modeling_mlip.data.items import build_pairs, read_captions
+from modeling_mlip.data.columns import find_columns, iterate_captions
+from modeling_mlip.data.items import build_pairs
 from modeling_mlip.data.sources import load_pairs
-from modeling_mlip.hub.configurations import (
-    MODEL_FIELDS,
-    VISION_FIELDS,
-    named_config,
-    override_config,
-    pretrained_config,
-)
+from modeling_mlip.evaluation.tasks.retrieval import retrieval_results
 from modeling_mlip.hub.errors import hub_errors
-from modeling_mlip.hub.formatting import format_table
-from modeling_mlip.hub.loading import load_pretrained, load_processor
 from modeling_mlip.hub.model_card import write_model_card
 
 from .arguments import MLIPTrainingArguments, ModelArguments
+from .checkpoint import check_checkpoint
+from .flags import parse_arguments
 from .learning_curves import plot_learning_curves
+from .run_summary import describe_run, format_summary, sweep_merge_ratios
+from .starting_point import build_config, build_model, build_processor
 from .trainer import MLIPTrainer
 
 CURVES = "learning_curves.png"
-MERGE_RATIOS = (0, 0.3, 0.5, 0.7)
-WAYS = ("text to image", "image to text")
+# A folder with one of these holds a model or a run.
+RUN_FILES = ("config.json", "trainer_state.json", "all_results.json", "*.safetensors", "pytorch_model*")
 
-
-def parse_value(text: str) -> Any:
-    """`0.5`, `true`, `null`, `[3,6,9]` as JSON reads them; anything else is a string."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Every key of the model's and the vision tower's configuration, to be changed by a flag of its name."""
-    group = parser.add_argument_group("MLIPConfig and MLIPVisionConfig", "lists as JSON: --merge_layers [3,6,9]")
-    for name in [*MODEL_FIELDS, *VISION_FIELDS]:
-        group.add_argument(f"--{name}", type=parse_value, default=argparse.SUPPRESS, metavar="VALUE")
-
-
-def parse_arguments(
-    arguments: list[str] | None,
-) -> tuple[ModelArguments, DataArguments, MLIPTrainingArguments, dict[str, Any]]:
-    """The three groups of arguments, and the overrides of the configuration."""
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, MLIPTrainingArguments),
-        prog="mlip train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_config_flags(parser)
-    model_args, data_args, training_args, *rest = parser.parse_args_into_dataclasses(arguments)
-    return model_args, data_args, training_args, vars(rest[0]) if rest else {}
-
-
-def build_config(model_args: ModelArguments, overrides: dict[str, Any]) -> MLIPConfig:
-    if model_args.model_name_or_path is not None and model_args.config_name is None:
-        config = pretrained_config(model_args.model_name_or_path)
-    elif model_args.config_name is not None and model_args.model_name_or_path is None:
-        config = named_config(model_args.config_name)
-    else:
-        raise ValueError("Give one of --model_name_or_path (a model to start from) and --config_name (from scratch).")
-    return override_config(config, overrides) if overrides else config
-
-
-def build_processor(
-    model_args: ModelArguments, data_args: DataArguments, config: MLIPConfig, pairs: dict[str, Any]
-) -> CLIPProcessor:
-    """The processor of the model to start from, or one of the configuration's size with the tokenizer asked for."""
-    context = config.text_config.max_position_embeddings
-    if model_args.model_name_or_path is not None:
-        if model_args.tokenizer_name is None:
-            return load_processor(model_args.model_name_or_path)
-        tokenizer = CLIPTokenizer.from_pretrained(model_args.tokenizer_name)
-        return CLIPProcessor.from_pretrained(model_args.model_name_or_path, tokenizer=tokenizer)
-    if model_args.tokenizer_name is not None:
-        tokenizer = CLIPTokenizer.from_pretrained(model_args.tokenizer_name)
-    elif data_args.streaming:
-        raise ValueError("A tokenizer cannot be trained on a stream; give --tokenizer_name, a folder or a Hub id.")
-    else:
-        column = find_columns(pairs["train"], **data_args.columns())[1]
-        cells = pairs["train"].select_columns([column.partition(".")[0]])
-        captions = (text for row in cells for text in read_captions(_inner(row, column)))
-        tokenizer = train_tokenizer(captions, max_seq_length=context)
-    size = config.vision_config.image_size
-    image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
-
-
-def _inner(row: dict[str, Any], column: str) -> Any:
-    for name in column.split("."):
-        row = row[name]
-    return row
-
-
-def build_model(model_args: ModelArguments, config: MLIPConfig, tokenizer: CLIPTokenizer) -> MLIPModel:
-    """The model, from scratch with the tokenizer's vocabulary or with the weights to start from."""
-    attention = model_args.attn_implementation
-    if model_args.model_name_or_path is None:
-        text = config.text_config.to_dict()
-        text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = MLIPConfig(**{**config.to_dict(), "text_config": {**text, "vocab_size": len(tokenizer)}})
-        return MLIPModel._from_config(config, attn_implementation=attention)
-    if len(tokenizer) > config.text_config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {config.text_config.vocab_size}; take the "
-            "tokenizer of the model by leaving out --tokenizer_name."
-        )
-    return load_pretrained(model_args.model_name_or_path, config=config, dtype="float32", attn_implementation=attention)
-
-
-def checkpoint_to_resume(training_args: MLIPTrainingArguments) -> str | None:
-    """The checkpoint that the flag names; "true" is the last one of `output_dir`, or none if there is none yet, so that
-    one command starts a run and restarts it."""
-    given = training_args.resume_from_checkpoint
-    if given is None or given.lower() != "true":
-        return given
-    folder = training_args.output_dir
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
-
-
-def check_output(training_args: MLIPTrainingArguments) -> None:
-    """Refuses to write over a finished or interrupted run."""
-    folder = Path(training_args.output_dir)
-    resuming = checkpoint_to_resume(training_args) is not None
-    if folder.is_dir() and not resuming and training_args.do_train:
-        last = get_last_checkpoint(str(folder))
-        if last is not None or (folder / "config.json").exists():
-            hint = f", or go on with --resume_from_checkpoint {last}" if last else ""
-            raise ValueError(f"output_dir={folder} holds a run already; choose another{hint}.")
+Splits = dict[str, Any]  # name of a split -> rows
 
 
 def train(
@@ -156,123 +46,235 @@ def train(
     training_args: MLIPTrainingArguments,
     overrides: dict[str, Any],
 ) -> dict[str, float]:
-    """Trains, evaluates and saves; returns the metrics."""
-    check_output(training_args)
+    """Run `mlip train` with parsed arguments: train, evaluate and save, each if asked for.
+
+    Args:
+        overrides: changed keys of the model's and the vision tower's configuration.
+
+    Returns:
+        The metrics of training and evaluation.
+
+    Raises:
+        OSError: if a file cannot be read or written.
+        ValueError: if an argument is not allowed, or the folder would be written over.
+    """
+    # Step (1): what needs no data
+    check_tasks(model_args, training_args)
+    checkpoint = find_checkpoint(training_args)
+    if training_args.do_train:
+        check_output_dir(training_args.output_dir, checkpoint)
     set_seed(training_args.seed)
-    # Step (1): the configuration first: it is the cheapest to refuse
-    config = build_config(model_args, overrides)
-    context = config.text_config.max_position_embeddings
-    if data_args.max_seq_length is not None and not 3 <= data_args.max_seq_length <= context:
-        raise ValueError(f"max_seq_length={data_args.max_seq_length}: choose 3 to {context}, the model's context.")
-    # Step (2): data, tokenizer, model
-    pairs = load_pairs(**data_args.source(), **data_args.columns())
-    if "train" not in pairs:
-        raise ValueError("The data has no split to train on; give one as --train_file.")
-    if data_args.streaming and training_args.max_steps <= 0:
-        raise ValueError("A stream has no end that is known before; say how long to train with --max_steps.")
-    processor = build_processor(model_args, data_args, config, pairs)
-    model = build_model(model_args, config, processor.tokenizer)
-    datasets = {
-        split: build_pairs(rows, processor, training=split == "train", seed=training_args.seed, **data_args.items())
-        for split, rows in pairs.items()
-    }
-    if "validation" not in datasets:
-        training_args.eval_strategy = "no"
-    # Step (3): train and save
-    with hub_errors("--push_to_hub"):
-        trainer = MLIPTrainer(
-            model,
-            training_args,
-            train_dataset=datasets["train"],
-            eval_dataset=datasets.get("validation"),
-            processor=processor,
-            max_seq_length=data_args.max_seq_length,
-        )
-    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
-    metrics = dict(result.metrics)
-    if "validation" in datasets:
+    config = build_config(
+        model_name_or_path=model_args.model_name_or_path, config_name=model_args.config_name, overrides=overrides
+    )
+    check_max_seq_length(data_args.max_seq_length, config)
+    # Step (2): data and model
+    splits = load_splits_of_tasks(data_args, training_args)
+    trainer = build_trainer(model_args, data_args, training_args, config, splits)
+    # Step (3): train and save, then evaluate
+    metrics: dict[str, float] = {}
+    if training_args.do_train:
+        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        with hub_errors("--push_to_hub"):
+            trainer.save_model()
+    if training_args.do_eval:
         metrics |= trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    # Step (4): what people read
-    if trainer.is_world_process_zero():
-        trainer.save_metrics("all", metrics, combined=False)
-        folder = Path(training_args.output_dir)
-        plot_learning_curves(trainer.state.log_history, folder / CURVES)
-        write_model_card(
-            folder,
-            metrics=metrics,
-            config=model.config,
-            dataset=data_args.dataset_name or data_args.data_dir or data_args.train_file,
-            measured_on=data_args.validation_file,
-            base_model=model_args.model_name_or_path,
-            training=describe_run(training_args, trainer, metrics),
-            curves=CURVES,
-            merge_ratios=sweep_merge_ratios(trainer) if training_args.sweep and "validation" in datasets else None,
-        )
-        print(summary(metrics))
-        print(f"\nSaved to {folder}: weights, processor, model card, {CURVES}.")
-    if training_args.push_to_hub:
-        repo = trainer.hub_model_id
-        with hub_errors(repo, f"The run is saved; share it with 'mlip push {training_args.output_dir} {repo}'."):
-            trainer.push_to_hub()
+    # Step (4): results for people
+    if training_args.do_train:
+        finish_training(trainer, metrics, model_args, data_args)
+    elif trainer.is_world_process_zero():
+        trainer.save_metrics("eval", metrics, combined=False)
+        print(format_summary(metrics))
+        print(f"\nSaved to {training_args.output_dir}: eval_results.json.")
     return metrics
 
 
-def sweep_merge_ratios(trainer: MLIPTrainer) -> list[dict[str, float]]:
-    """Recall of the evaluation data at several merge ratios; the model is left as it was."""
-    vision = trainer.model.config.vision_config
-    trained_at, num_patches = vision.merge_ratio, (vision.image_size // vision.patch_size) ** 2
-    rows = []
-    for ratio in sorted({*MERGE_RATIOS, trained_at}):
-        tokens_left = round(num_patches * (1 - ratio))
-        if tokens_left:
-            trainer.model.set_merge_ratio(ratio)
-            metrics = trainer.evaluation_loop(trainer.get_eval_dataloader(), f"Merge ratio {ratio:g}").metrics
-            recalls = {f"{way} recall@1 (%)": f"eval_{way.replace(' ', '_')}_recall@1" for way in WAYS}
-            rows.append(
-                {"merge ratio": ratio, "patch tokens left": tokens_left}
-                | {shown: metrics[name] for shown, name in recalls.items()}
-            )
-    trainer.model.set_merge_ratio(trained_at)
-    return rows
+# Step (1)
 
 
-def describe_run(args: MLIPTrainingArguments, trainer: MLIPTrainer, metrics: dict[str, float]) -> dict[str, Any]:
-    """The settings that a reader of the model card asks for."""
+def check_tasks(model_args: ModelArguments, args: MLIPTrainingArguments) -> None:
+    """Raise ValueError for tasks that `mlip train` does not have, and flags that the tasks do not use."""
+    if args.do_predict:
+        raise ValueError(
+            "--do_predict: mlip train writes no predictions. Leave it out; compute metrics with 'mlip evaluate', or "
+            "embeddings in Python with MLIPTrainer.predict."
+        )
+    if args.do_train:
+        return
+    if model_args.model_name_or_path is None:
+        raise ValueError("--do_eval without --do_train: give the model to evaluate as --model_name_or_path.")
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} without training: add --do_train, or evaluate the "
+            "checkpoint as --model_name_or_path."
+        )
+    if args.push_to_hub:
+        raise ValueError(
+            f"--push_to_hub without training: add --do_train, or use 'mlip push {model_args.model_name_or_path}'."
+        )
+
+
+def find_checkpoint(args: MLIPTrainingArguments) -> str | None:
+    """The checkpoint to resume from. "true" means the last one of `output_dir`, or none if there is none yet, so that
+    the same command starts a run and restarts it."""
+    value = args.resume_from_checkpoint
+    if value is None or str(value).lower() == "false":
+        return None
+    if str(value).lower() != "true":
+        return value
+    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+
+
+def check_output_dir(output_dir: str, checkpoint: str | None) -> None:
+    """Raise ValueError if training would write over a finished or interrupted run.
+
+    Args:
+        checkpoint: the checkpoint to resume from; one in `output_dir` continues the run there.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: give a folder.")
+    last = get_last_checkpoint(output_dir) if folder.is_dir() else None
+    run_files = [path.name for pattern in RUN_FILES for path in folder.glob(pattern)]
+    if last is None and not run_files:
+        return
+    if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
+        return
+    raise ValueError(
+        f"--output_dir {folder} holds a run already ({Path(last).name if last else run_files[0]}): choose another "
+        f"folder{resume_hint(last)}."
+    )
+
+
+def resume_hint(last: str | None) -> str:
+    """How to continue the run in the folder, if its last checkpoint is complete."""
+    try:
+        check_checkpoint(last or "")
+    except ValueError:
+        return ""
+    return f", or continue the run with --resume_from_checkpoint {last}"
+
+
+def check_max_seq_length(max_seq_length: int | None, config: MLIPConfig) -> None:
+    """Raise ValueError if captions of that length do not fit into the model's context."""
+    context = config.text_config.max_position_embeddings
+    if max_seq_length is not None and not 3 <= max_seq_length <= context:
+        raise ValueError(f"--max_seq_length {max_seq_length}: choose 3 to {context}, the model's context.")
+
+
+# Step (2)
+
+
+def load_splits_of_tasks(data_args: DataArguments, args: MLIPTrainingArguments) -> Splits:
+    """Load the splits that the tasks need. Sets `do_eval` if no task was named and there is validation data.
+
+    Raises:
+        ValueError: if a split that a task needs is missing.
+    """
+    source = data_args.source()
+    if not args.do_train and data_args.validation_file:
+        source["train_file"] = None  # not needed
+    splits = load_pairs(**source, **data_args.columns())
+    if args.do_train and "train" not in splits:
+        raise ValueError("The data has no split to train on: give one as --train_file.")
+    if args.do_train and data_args.streaming and args.max_steps <= 0:
+        raise ValueError("--streaming: a stream has no known end. Give the number of steps as --max_steps.")
+    if "validation" not in splits:
+        check_needs_no_validation(args)
+    elif not args.has_task_flags:
+        args.do_eval = True
+    return splits
+
+
+def check_needs_no_validation(args: MLIPTrainingArguments) -> None:
+    """Raise ValueError for the first flag that needs validation data."""
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    flags = {
+        f"--eval_strategy {strategy}": strategy != "no",
+        "--eval_on_start": args.eval_on_start,
+        "--load_best_model_at_end": args.load_best_model_at_end,
+        "--save_strategy best": args.save_strategy == "best",
+        "--do_eval": args.do_eval,
+    }
+    for flag, is_given in flags.items():
+        if is_given:
+            raise ValueError(f"{flag} needs validation data, and there is none: give it as --validation_file.")
+
+
+def build_trainer(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: MLIPTrainingArguments,
+    config: MLIPConfig,
+    splits: Splits,
+) -> MLIPTrainer:
+    """The trainer of a run, with its model, processor and data sets."""
+    name = model_args.model_name_or_path
+    captions = None
+    if name is None and model_args.tokenizer_name is None:
+        if data_args.streaming:
+            raise ValueError("--streaming: a tokenizer cannot be trained on a stream. Give one as --tokenizer_name.")
+        captions = iterate_captions(splits["train"], find_columns(splits["train"], **data_args.columns())[1])
+    processor = build_processor(
+        config, model_name_or_path=name, tokenizer_name=model_args.tokenizer_name, captions=captions
+    )
+    model = build_model(
+        config, processor.tokenizer, model_name_or_path=name, attn_implementation=model_args.attn_implementation
+    )
+    datasets = build_datasets(splits, processor, data_args, args.seed)
+    with hub_errors("--push_to_hub"):
+        return MLIPTrainer(
+            model,
+            args,
+            train_dataset=datasets.get("train") if args.do_train else None,
+            eval_dataset=datasets.get("validation"),
+            processing_class=processor,
+            max_seq_length=data_args.max_seq_length,
+        )
+
+
+def build_datasets(splits: Splits, processor: CLIPProcessor, data_args: DataArguments, seed: int) -> dict[str, Any]:
+    """The items of each split; those of "train" are augmented."""
     return {
-        "pairs per step": args.train_batch_size * args.world_size,
-        "steps": trainer.state.global_step,
-        "epochs": round(metrics["epoch"], 2),
-        "peak learning rate": args.learning_rate,
-        "schedule": str(args.lr_scheduler_type).rpartition(".")[2].lower(),
-        "weight decay": args.weight_decay,
-        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-        "seed": args.seed,
-        "minutes": round(metrics["train_runtime"] / 60, 1),
-        "skipped samples": trainer.skip_budget.num_skipped,
-        "skipped steps": trainer.guard.skipped_steps,
-        "truncated captions": trainer.num_truncated,
+        split: build_pairs(rows, processor, training=split == "train", seed=seed, **data_args.items())
+        for split, rows in splits.items()
     }
 
 
-def summary(metrics: dict[str, float]) -> str:
-    """The retrieval table, and under it what training took."""
-    rows = [
-        {"direction": way.replace("_", " "), **{f"recall@{k}": metrics[f"eval_{way}_recall@{k}"] for k in (1, 5, 10)}}
-        for way in ("text_to_image", "image_to_text")
-        if f"eval_{way}_recall@1" in metrics
-    ]
-    took = f"loss {metrics['train_loss']:.3f}, {metrics['train_runtime']:.0f} s, " if "train_loss" in metrics else ""
-    speed = f"{metrics['train_samples_per_second']:.1f} pairs/s" if "train_samples_per_second" in metrics else ""
-    return "\n".join(part for part in ("\n" + format_table(rows) if rows else "", took + speed) if part)
+# Step (4)
+
+
+def finish_training(
+    trainer: MLIPTrainer, metrics: dict[str, float], model_args: ModelArguments, data_args: DataArguments
+) -> None:
+    """Save metrics, learning curves and model card, print the summary, and push if asked for."""
+    args: MLIPTrainingArguments = trainer.args
+    folder = Path(args.output_dir)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        trainer.save_metrics("all", metrics, combined=False)
+        plot_learning_curves(trainer.state.log_history, folder / CURVES)
+        write_model_card(
+            folder,
+            results=retrieval_results(metrics, key_prefix="eval_") if "eval_mean_recall" in metrics else [],
+            config=trainer.model.config,
+            dataset=data_args.dataset_name or data_args.data_dir or data_args.train_file,
+            measured_on=data_args.validation_file,
+            base_model=model_args.model_name_or_path,
+            training=describe_run(trainer, metrics),
+            curves=CURVES,
+            merge_ratios=sweep_merge_ratios(trainer) if args.sweep and args.do_eval else None,
+        )
+        print(format_summary(metrics))
+        print(f"\nSaved to {folder}: weights, processor, model card, {CURVES}.")
+    if args.push_to_hub:
+        repo = trainer.hub_model_id
+        with hub_errors(repo, f"The run is saved; share it with 'mlip push {args.output_dir} {repo}'."):
+            trainer.push_to_hub()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    model_args, data_args, training_args, overrides = parse_arguments(arguments)
-    # Without --do_train or --do_eval a run does both, as its name says.
-    training_args.do_train = training_args.do_train or not training_args.do_eval
-    train(model_args, data_args, training_args, overrides)
+    train(*parse_arguments(arguments, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
         **kwargs: Any,
     ):
         args = MLIPTrainingArguments("trainer_output") if args is None else args
-        check_training_arguments(args, has_eval_dataset=eval_dataset is not None, **kwargs)
+        check_training_arguments(args, has_eval_dataset=eval_dataset is not None, train_dataset=train_dataset, **kwargs)
         check_batch(args, train_dataset)
         if processing_class is None:
             raise ValueError(
