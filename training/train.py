@@ -11,7 +11,7 @@ Without --do_train and --do_eval it trains, and then evaluates if there is valid
 """
 
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from transformers import CLIPProcessor, set_seed
 from transformers.trainer_utils import get_last_checkpoint
