@@ -49,7 +49,7 @@ def names() -> list[str]:
     return [name for name in open_clip.list_models() if plain(open_clip.get_model_config(name))]
 
 
-def make(name: str, folder: Path) -> None:
+def write_random_checkpoint(name: str, folder: Path) -> None:
     """An OpenCLIP folder with random weights."""
     import open_clip
     from safetensors.torch import save_file
@@ -91,11 +91,12 @@ def stand_in_tokenizer(special: dict[str, int]):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{ROLES[token]: token for token in special})
 
 
-def measure(folder: Path) -> dict:
+def measure_conversion(folder: Path) -> dict:
     """Convert and write as `mlip convert` does."""
     import open_clip  # noqa: F401  its import is not part of what is measured
 
-    from modeling_mlip.conversion.checkpoints import convert, new_folder, write_mlip
+    from modeling_mlip.conversion.checkpoints import convert, write_mlip
+    from modeling_mlip.hub.atomic_files import new_folder
 
     before, began = _peak_bytes(), time.perf_counter()
     conversion = convert(folder)
@@ -142,7 +143,7 @@ def _step(*arguments: str) -> str:
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
 
-def run(name: str, full: bool) -> dict:
+def check_configuration(name: str, full: bool) -> dict:
     if name.startswith(LARGE) and not full:
         return json.loads(_step("--meta", name))
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +151,7 @@ def run(name: str, full: bool) -> dict:
         return json.loads(_step("--measure", folder))
 
 
-def row(name: str, result: dict) -> str:
+def format_row(name: str, result: dict) -> str:
     gigabytes = f"{result['checkpoint_bytes'] / 1e9:6.2f}"
     if "error" in result:
         return f"{name:<30} {result['error']}"
@@ -173,9 +174,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.make:
-        return make(arguments.make[0], Path(arguments.make[1]))
+        return write_random_checkpoint(arguments.make[0], Path(arguments.make[1]))
     if arguments.measure or arguments.meta:
-        result = measure(Path(arguments.measure)) if arguments.measure else measure_on_meta(arguments.meta)
+        result = measure_conversion(Path(arguments.measure)) if arguments.measure else measure_on_meta(arguments.meta)
         return print(json.dumps(result))
 
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
@@ -185,12 +186,12 @@ def main() -> None:
     for name in wanted:
         if arguments.only or name not in results or "error" in results[name]:
             try:
-                results[name] = run(name, arguments.full)
+                results[name] = check_configuration(name, arguments.full)
             except RuntimeError as error:
                 results[name] = {"error": str(error), "checkpoint_bytes": 0}
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        print(row(name, results[name]), flush=True)
+        print(format_row(name, results[name]), flush=True)
     good = [name for name in wanted if results[name].get("meta") or results[name].get("worst", 1) <= 1e-4]
     full = [name for name in good if not results[name].get("meta")]
     print(f"{len(good)} of {len(wanted)} agree, {len(full)} of them in values (largest difference allowed: 1e-4)")

@@ -35,8 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_mlip.data.caption_tokenizer import train_tokenizer
 from modeling_mlip.data.shapes import shapes_dataset
-from modeling_mlip.training import checkpoint
-from modeling_mlip.training.train import train
+from modeling_mlip.training import checkpoint, train
 from modeling_mlip.training.trainer import MLIPTrainer
 
 RESULTS = Path(__file__).parent / "results" / "kill_and_resume.json"
@@ -65,7 +64,7 @@ def main() -> None:
             kind = KINDS[number % len(KINDS)]
             if kind not in expected:
                 (root / "undisturbed.moments").unlink(missing_ok=True)
-                run(root, kind, "undisturbed", list_moments=True)
+                run_command(root, kind, "undisturbed", list_moments=True)
                 moments = (root / "undisturbed.moments").read_text().splitlines()
                 expected[kind] = ending(root / "undisturbed"), moments
                 shutil.rmtree(root / "undisturbed")
@@ -121,11 +120,11 @@ def round_of_kills(root: Path, kind: tuple[bool, int], moments: list[str], rng: 
     killed = []
     # Even a run that was killed at its very end goes through 25 moments when it is resumed.
     for index in (rng.randrange(1, len(moments)), rng.randrange(1, 25)):
-        status = run(root, kind, "killed", kill_at=index)
+        status = run_command(root, kind, "killed", kill_at=index)
         if status != -signal.SIGKILL:
             raise RuntimeError(f"A run ended before its moment {index}; killed before: {killed}.")
         killed.append((root / "killed.moment").read_text())
-    if run(root, kind, "killed") != 0:
+    if run_command(root, kind, "killed") != 0:
         raise RuntimeError(f"The run that was killed at {' and at '.join(killed)} does not resume.")
     left = sorted(path.name for path in (root / "killed").glob("*checkpoint*"))
     found = {"killed": killed, "ending": ending(root / "killed")}
@@ -193,7 +192,9 @@ def in_child(work: Callable[[], None], log: Path | None = None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run(root: Path, kind: tuple[bool, int], name: str, kill_at: int | None = None, list_moments: bool = False) -> int:
+def run_command(
+    root: Path, kind: tuple[bool, int], name: str, kill_at: int | None = None, list_moments: bool = False
+) -> int:
     """Runs the command in a child, to its end or to the moment of that number."""
 
     def work() -> None:

@@ -571,7 +571,7 @@ def flat(row: dict[str, Any], digits: int = 2) -> dict[str, Any]:
     return shown
 
 
-def draw(entries: list[dict[str, Any]], target: Path) -> None:
+def draw_speed(entries: list[dict[str, Any]], target: Path) -> None:
     """Speed-up over FLOP ratio, a panel for each run, with the diagonal where the clock follows the FLOPs."""
     from matplotlib.figure import Figure
 
@@ -669,7 +669,7 @@ def save(entry: dict[str, Any], target: Path) -> None:
         file.write(json.dumps(history, indent=1) + "\n")
     os.chmod(file.name, 0o644)
     os.replace(file.name, target)
-    draw(history, target.with_suffix(".png"))
+    draw_speed(history, target.with_suffix(".png"))
     print(f"written to {target}")
 
 

@@ -35,7 +35,7 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(flags: argparse.Namespace) -> dict[str, float]:
+def measure_token_loss(flags: argparse.Namespace) -> dict[str, float]:
     """One forward and backward pass in this process."""
     torch.manual_seed(0)
     image_tokens = torch.randn(flags.pairs, flags.image_tokens, flags.width, device=flags.device)
@@ -58,14 +58,14 @@ def measure(flags: argparse.Namespace) -> dict[str, float]:
     return {"extra_mib": (peak_bytes(flags.device) - before) / 2**20, "seconds": time.perf_counter() - start}
 
 
-def run(flags: argparse.Namespace, plain: bool) -> dict[str, float]:
+def measure_in_process(flags: argparse.Namespace, plain: bool) -> dict[str, float]:
     names = ("pairs", "image_tokens", "text_tokens", "width", "device")
     given = [text for name in names for text in (f"--{name}", str(getattr(flags, name)))]
     command = [sys.executable, __file__, *given, "--measure", *(["--plain"] if plain else [])]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=1024, help="B, images and captions.")
     parser.add_argument("--image_tokens", type=int, default=98, help="M: half of the patches of a ViT-B/16 at 224.")
@@ -75,17 +75,17 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="Measure the plain form too; it must fit in memory.")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     if flags.measure:
-        print(json.dumps(measure(flags)))
+        print(json.dumps(measure_token_loss(flags)))
         return
 
-    chunked = run(flags, plain=False)
+    chunked = measure_in_process(flags, plain=False)
     similarities = flags.pairs**2 * flags.image_tokens * flags.text_tokens * 4 / 2**20
     result = {
         **{name: getattr(flags, name) for name in ("pairs", "image_tokens", "text_tokens", "width", "device")},
         "chunked": chunked,
-        "plain": run(flags, plain=True) if flags.compare else None,
+        "plain": measure_in_process(flags, plain=True) if flags.compare else None,
         "similarities_mib": similarities,
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

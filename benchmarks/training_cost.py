@@ -47,11 +47,11 @@ def pair_flops(name: str, merge_ratio: float, batch: int) -> tuple[float, float]
     return counter.get_total_flops(), token_loss
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utilisation", type=float, default=0.3, help="Share of the peak that training reaches.")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     rows = []
     for run, (name, millions, epochs, batch, accelerators, mini_batches) in RUNS.items():
         flops, token_loss = pair_flops(name, MERGE_RATIO, batch)

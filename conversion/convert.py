@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""`mlip convert SRC DST`: any CLIP or OpenCLIP checkpoint to MLIP, and back.
+"""`mlip convert SRC DST`: converts CLIP and OpenCLIP checkpoints to MLIP, and MLIP models back.
 
 mlip convert laion/CLIP-ViT-B-32-laion2B-s34B-b79K mlip-b32 --merge-ratio 0.5
 mlip convert epoch_32.pt mlip-b16 --model ViT-B-16
@@ -8,23 +8,21 @@ mlip convert mlip-b32 exported --to both
 
 import argparse
 import time
+from pathlib import Path
 
-from .checkpoints import (
-    Conversion,
-    check_target,
-    convert,
-    export,
-    new_folder,
-    write_exported,
-    write_mlip,
-    write_reports,
-)
+from modeling_mlip.hub.atomic_files import check_target, new_folder
+
+from .checkpoints import Conversion, convert, write_mlip
+from .export import export, write_exported
 from .open_clip_configurations import towers
+from .reports import write_reports
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Raises:
-    ValueError, OSError: in one line that says what to do.
+    """Runs the command.
+
+    Raises:
+        ImportError, OSError, ValueError: as `convert_checkpoint` and `export_checkpoint`.
     """
     arguments = _parser().parse_args(argv)
     began = time.perf_counter()
@@ -34,24 +32,29 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"Reading {arguments.source}")
     conversion = convert(arguments.source, arguments.model, overrides)
-    _say(conversion)
+    _print_summary(conversion)
     if arguments.to == "mlip":
         with new_folder(arguments.target, arguments.overwrite) as folder:
-            write_mlip(conversion, folder)
+            write_mlip(conversion, folder, name=Path(arguments.target).absolute().name)
     else:
-        exported, notes = export(conversion.model, conversion.processor, arguments.to, arguments.drop_frequency)
-        for part in exported:
-            print(part.report or f"Parity of {part.format} was not checked: install open_clip_torch.")
-        for note in notes:
-            print(f"Note: {note}")
-        with new_folder(arguments.target, arguments.overwrite) as folder:
-            write_exported(exported, conversion.processor, conversion.model.config, folder)
-            reports = {part.format: part.report for part in exported}
-            write_reports(reports, conversion.notes + notes, conversion.source.name, folder)
+        _export(conversion, arguments)
     print(f"Wrote {arguments.target} in {time.perf_counter() - began:.1f} s")
 
 
-def _say(conversion: Conversion) -> None:
+def _export(conversion: Conversion, arguments: argparse.Namespace) -> None:
+    exported, notes = export(conversion.model, conversion.processor, arguments.to, arguments.drop_frequency)
+    for item in exported:
+        print(item.report or f"Parity of {item.format} was not checked: install open_clip_torch.")
+    for note in notes:
+        print(f"Note: {note}")
+    with new_folder(arguments.target, arguments.overwrite) as folder:
+        write_exported(exported, conversion.processor, conversion.model.config, folder)
+        reports = {item.format: item.report for item in exported}
+        name = Path(arguments.target).absolute().name
+        write_reports(reports, conversion.notes + notes, conversion.source.name, folder, None, name)
+
+
+def _print_summary(conversion: Conversion) -> None:
     source = conversion.source
     vision, text = towers(conversion.model.config)
     print(
@@ -73,15 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", help="folder, checkpoint file or Hub id")
     parser.add_argument("target", metavar="DST", help="folder to write")
     parser.add_argument(
-        "--model", help="for a checkpoint file: a name of OpenCLIP (ViT-B-32), a JSON config, or openai"
+        "--model", help="for a checkpoint file: a model name of OpenCLIP (ViT-B-32), a JSON configuration, or openai"
     )
     parser.add_argument(
-        "--merge-ratio", "--merge_ratio", type=float, help="share of patch tokens to merge away, 0 <= r < 1"
+        "--merge-ratio", "--merge_ratio", type=float, help="fraction of patch tokens that merging removes, 0 <= r < 1"
     )
     parser.add_argument(
-        "--merge-layers", "--merge_layers", type=int, nargs="+", help="layers that merge, counted from 0"
+        "--merge-layers", "--merge_layers", type=int, nargs="+", help="layers that merge tokens, counted from 0"
     )
-    parser.add_argument("--merge-method", "--merge_method", help="mlip, tome or elip")
+    parser.add_argument(
+        "--merge-method", "--merge_method", help="ward (the default for a CLIP checkpoint), mlip, tome or elip"
+    )
     parser.add_argument("--to", choices=("mlip", "open_clip", "clip", "both"), default="mlip", help="format to write")
     parser.add_argument("--drop-frequency", "--drop_frequency", action="store_true",
                         help="export without a frequency stage that the model uses")  # fmt: skip

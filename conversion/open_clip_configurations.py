@@ -1,61 +1,24 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Configurations: OpenCLIP's model names and model_cfg, and transformers' CLIPConfig, to MLIPConfig and back.
+"""Configurations: OpenCLIP's model_cfg and transformers' CLIPConfig to the keys of MLIPConfig, and back.
 
-What MLIP does not compute is refused here, before any weight is read.
+Models that MLIP does not compute are refused here, before any weight is read.
 """
 
+import copy
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPConfig
 
 from modeling_mlip import MLIPConfig
+from modeling_mlip.configuration_mlip import repair_eos_token_id
 
 SUPPORTED = "MLIP converts CLIP and the plain ViTs of OpenCLIP (ViT-S/M/B/L/H/g/e/bigG, their text transformer)"
 CLIP_VOCAB, CLIP_BOS, CLIP_EOS = 49408, 49406, 49407
 
-# Shapes of OpenCLIP's plain ViTs: embed_dim (also the text width), vision width, vision layers, text layers, and what
-# differs from OpenCLIP's defaults (head_width 64, mlp_ratio 4). The text heads are 64 wide everywhere.
-SIZES: dict[str, tuple[int, int, int, int, dict[str, float]]] = {
-    "S": (384, 384, 12, 12, {}),
-    "S-alt": (256, 384, 12, 10, {}),
-    "M": (512, 512, 12, 12, {}),
-    "M-alt": (384, 512, 12, 12, {}),
-    "B": (512, 768, 12, 12, {}),
-    "B-plus": (640, 896, 12, 12, {}),
-    "L": (768, 1024, 24, 12, {}),
-    "H": (1024, 1280, 32, 24, {"head_width": 80}),
-    "g": (1024, 1408, 40, 24, {"head_width": 88, "mlp_ratio": 4.3637}),
-    "bigG": (1280, 1664, 48, 32, {"head_width": 104, "mlp_ratio": 4.9231}),
-    "e": (1280, 1792, 56, 36, {"head_width": 112, "mlp_ratio": 8.5715}),
-}
-LAYER_SCALE = {"ViT-M-16-alt": 1e-4}  # and not its sibling ViT-M-32-alt
-NAME = re.compile(
-    r"ViT-(?P<size>S|M|B|L|H|g|e|bigG)-(?P<patch>14|16|32)(?P<shape>-alt|-plus)?"
-    r"(?P<family>-CLIPA|-worldwide)?(?:-(?P<image>\d{3}))?(?P<act>-quickgelu)?"
-)
-CLIPA_VISION = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
-CLIPA_TEXT = {
-    "context_length": 32,
-    "vocab_size": 32000,
-    "hf_tokenizer_name": "bert-base-uncased",
-    "tokenizer_kwargs": {"strip_sep_token": True},
-    "pool_type": "last",
-    "no_causal_mask": True,
-}
-MT5_TEXT = {
-    "hf_tokenizer_name": "google/mt5-base",
-    "pool_type": "eos",
-    "eos_id": 1,
-    "tokenizer_kwargs": {"clean": "canonicalize"},
-    "vocab_size": 250100,
-}
-XLM_TEXT = {"hf_tokenizer_name": "facebook/xlm-v-base", "pool_type": "eos", "eos_id": 2, "vocab_size": 901629}
-
-# OpenCLIP's defaults of vision_cfg and text_cfg; `None` and 0 switch a feature off.
+# OpenCLIP's defaults of vision_cfg and text_cfg. `None` and 0 turn a feature off.
 VISION_DEFAULTS: dict[str, Any] = {
     "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224,
     "ls_init_value": None, "no_ln_pre": False, "pool_type": "tok", "final_ln_after_pool": False,
@@ -73,7 +36,7 @@ IGNORED = {
     "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
     "hf_model_pretrained", "hf_proj_type", "hf_pooler_type",
 }  # fmt: skip
-# Keys that must be off, and how to call the tower that has them.
+# Keys that must be off, and the name of a tower that has them, for error messages.
 REFUSED = {
     "timm_model_name": "the timm image tower {}",
     "hf_model_name": "the Hugging Face text tower {}",
@@ -91,45 +54,33 @@ ACTIVATIONS = {("quick_gelu", None): "quick_gelu", ("gelu", None): "gelu", ("gel
 
 
 def model_cfg_of_name(name: str) -> dict[str, Any]:
-    """OpenCLIP's model_cfg of one of its plain ViT names (`ViT-B-32-quickgelu`), or of a JSON file's path."""
+    """OpenCLIP's model_cfg for a model name such as `ViT-B-32-quickgelu`, or of a JSON file.
+
+    Raises:
+        ImportError: if the name is not a file and open_clip is not installed.
+        ValueError: if open_clip has no model of that name.
+    """
     if name.endswith(".json"):
         return read_model_cfg(Path(name))["model_cfg"]
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(
+            f"model={name}: the configurations of OpenCLIP come with open_clip, which is not installed. Install it "
+            "with pip install 'modeling-mlip[openclip]', or give the model's open_clip_config.json as model."
+        ) from error
     name = name.replace("/", "-")
-    found = NAME.fullmatch(name)
-    size = found and found["size"] + (found["shape"] or "")
-    if not found or size not in SIZES:
-        raise ValueError(f"--model {name}: {_tower_of_name(name)} is not supported; {SUPPORTED}, or give a JSON file.")
-    embed_dim, width, layers, text_layers, different = SIZES[size]
-    vision: dict[str, Any] = {"image_size": int(found["image"] or 224), "layers": layers, "width": width, **different}
-    vision["patch_size"] = int(found["patch"])
-    if name in LAYER_SCALE:
-        vision["ls_init_value"] = LAYER_SCALE[name]
-    text: dict[str, Any] = {"context_length": 77, "vocab_size": CLIP_VOCAB}
-    if found["family"] == "-CLIPA":
-        vision |= CLIPA_VISION
-        text |= CLIPA_TEXT
-    if found["family"] == "-worldwide":
-        text |= MT5_TEXT if found["size"] == "L" else XLM_TEXT
-    text |= {"width": embed_dim, "heads": embed_dim // 64, "layers": text_layers}
-    act = {"quick_gelu": True} if found["act"] else {}
-    return {"embed_dim": embed_dim, **act, "vision_cfg": vision, "text_cfg": text}
-
-
-def _tower_of_name(name: str) -> str:
-    for sign, tower in (
-        ("siglip", "SigLIP"),
-        ("coca", "CoCa"),
-        ("convnext", "ConvNeXt"),
-        ("RN", "a ResNet"),
-        ("EVA", "EVA"),
-    ):
-        if sign.lower() in name.lower():
-            return f"{tower} ({name})"
-    return f"{name!r}"
+    if name not in open_clip.list_models():  # get_model_config returns None for some unknown names, and logs others
+        raise ValueError(f"model={name!r} is not supported: OpenCLIP has no configuration of that name. {SUPPORTED}.")
+    return copy.deepcopy(open_clip.get_model_config(name))
 
 
 def read_model_cfg(path: Path) -> dict[str, Any]:
-    """The content of an open_clip_config.json, or of a bare model_cfg as its `model_cfg`."""
+    """The content of an open_clip_config.json. A file that holds a model_cfg alone is wrapped as {"model_cfg": ...}.
+
+    Raises:
+        ValueError: if the file is not JSON or not a configuration of OpenCLIP.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -138,12 +89,16 @@ def read_model_cfg(path: Path) -> dict[str, Any]:
     if not isinstance(content["model_cfg"], dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(
         content["model_cfg"]
     ):
-        raise ValueError(f"{path} is not a config of OpenCLIP: it needs embed_dim, vision_cfg and text_cfg.")
+        raise ValueError(f"{path} is not a configuration of OpenCLIP: it needs embed_dim, vision_cfg and text_cfg.")
     return content
 
 
 def model_cfg_of_shapes(state: dict[str, Any]) -> dict[str, Any]:
-    """OpenCLIP's model_cfg read off an OpenAI-style state dict: heads are 64 wide, the activation is QuickGELU."""
+    """OpenCLIP's model_cfg of a state dict of OpenAI, from its shapes. Heads are 64 wide, the activation is QuickGELU.
+
+    Raises:
+        ValueError: if the image tower is not a ViT.
+    """
     if "visual.proj" not in state:
         raise ValueError(
             f"the image tower has no visual.proj: a ResNet or another tower is not supported; {SUPPORTED}."
@@ -172,18 +127,18 @@ def model_cfg_of_shapes(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse(tower: str) -> None:
+def _refuse_tower(tower: str) -> None:
     raise ValueError(f"{tower} is not supported; {SUPPORTED}.")
 
 
 def _resolved(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if key in REFUSED and value:
-            _refuse(REFUSED[key].format(value))
+            _refuse_tower(REFUSED[key].format(value))
         if key == "block_type" and value not in (None, "default"):
-            _refuse(f"a tower with {value} attention blocks")
+            _refuse_tower(f"a tower with {value} attention blocks")
         if key == "proj_type" and value != "linear":
-            _refuse(f"a text tower with the projection {value!r}")
+            _refuse_tower(f"a text tower with the projection {value!r}")
         if key not in {*defaults, *IGNORED, *REFUSED, "block_type", "proj_type"}:
             raise ValueError(f"{name} has the key {key}={value!r}, which MLIP does not know; {SUPPORTED}.")
     return {**defaults, **{key: value for key, value in given.items() if key in defaults and value is not None}}
@@ -199,9 +154,9 @@ def _square(name: str, value: Any) -> int:
 def _tower(cfg: dict[str, Any], quick_gelu: bool) -> dict[str, Any]:
     act = ("quick_gelu" if quick_gelu else "gelu", (cfg["act_kwargs"] or {}).get("approximate"))
     if act not in ACTIVATIONS or set(cfg["act_kwargs"] or {}) - {"approximate"}:
-        _refuse(f"a tower with the activation {act[0]} and {cfg['act_kwargs']}")
+        _refuse_tower(f"a tower with the activation {act[0]} and {cfg['act_kwargs']}")
     if set(cfg["norm_kwargs"] or {}) - {"eps"}:
-        _refuse(f"a tower with norm_kwargs={cfg['norm_kwargs']}")
+        _refuse_tower(f"a tower with norm_kwargs={cfg['norm_kwargs']}")
     return {
         "hidden_size": cfg["width"],
         "intermediate_size": int(cfg["width"] * cfg["mlp_ratio"]),
@@ -218,7 +173,10 @@ def towers(config: MLIPConfig | CLIPConfig) -> tuple[Any, Any]:
 
 
 def highest_id(vocab_size: int) -> int:
-    """The id that "pool at the highest id" means: CLIP's EOS, which stays it where rows pad the vocabulary."""
+    """The EOS id of a model that pools at the highest id of a text: CLIP's EOS, or the last of a smaller vocabulary.
+
+    A vocabulary padded beyond CLIP's size keeps CLIP's EOS.
+    """
     return CLIP_EOS if vocab_size >= CLIP_VOCAB else vocab_size - 1
 
 
@@ -226,14 +184,14 @@ def mlip_config_of_open_clip(model_cfg: dict[str, Any]) -> dict[str, Any]:
     """The keys of MLIPConfig that compute what OpenCLIP computes from `model_cfg`.
 
     Raises:
-        ValueError: in one line that names the tower, if MLIP does not compute it.
+        ValueError: naming the tower, if MLIP does not compute it.
     """
     if "multimodal_cfg" in model_cfg:
-        _refuse("CoCa (multimodal_cfg)")
+        _refuse_tower("CoCa (multimodal_cfg)")
     if model_cfg.get("init_logit_bias") is not None:
-        _refuse("a model with a logit bias (SigLIP)")
+        _refuse_tower("a model with a logit bias (SigLIP)")
     if isinstance(model_cfg["vision_cfg"].get("layers"), list | tuple):
-        _refuse(f"a ResNet image tower (layers={list(model_cfg['vision_cfg']['layers'])})")
+        _refuse_tower(f"a ResNet image tower (layers={list(model_cfg['vision_cfg']['layers'])})")
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias",
              "nonscalar_logit_scale", "output_dict", "cast_dtype"}  # fmt: skip
     if unknown := set(model_cfg) - known:
@@ -242,9 +200,9 @@ def mlip_config_of_open_clip(model_cfg: dict[str, Any]) -> dict[str, Any]:
     text = _resolved("text_cfg", model_cfg["text_cfg"], TEXT_DEFAULTS)
     mean, late_norm = vision["pool_type"] == "avg", vision["final_ln_after_pool"]
     if vision["pool_type"] not in ("tok", "avg") or (mean and not late_norm):
-        _refuse(f"an image tower with pool_type={vision['pool_type']!r} and final_ln_after_pool={late_norm}")
+        _refuse_tower(f"an image tower with pool_type={vision['pool_type']!r} and final_ln_after_pool={late_norm}")
     if text["pool_type"] not in ("argmax", "eos", "last"):
-        _refuse(f"a text tower with pool_type={text['pool_type']!r}")
+        _refuse_tower(f"a text tower with pool_type={text['pool_type']!r}")
 
     quick_gelu = bool(model_cfg.get("quick_gelu"))
     embed_dim = model_cfg["embed_dim"]
@@ -276,7 +234,11 @@ def mlip_config_of_open_clip(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
-    """OpenCLIP's model_cfg of an MLIP config; the inverse of `mlip_config_of_open_clip`, less the tokenizer."""
+    """OpenCLIP's model_cfg of an MLIP configuration, without the tokenizer; the inverse of `mlip_config_of_open_clip`.
+
+    Raises:
+        ValueError: if OpenCLIP has no such activation, shape or pooling.
+    """
     vision, text = towers(config)
     acts = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     for part in (vision, text):
@@ -312,7 +274,7 @@ def open_clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
         text_cfg["no_causal_mask"] = True
     if text.pooling == "last":
         text_cfg["pool_type"] = "last"
-    elif text.eos_token_id != highest_id(text.vocab_size):
+    elif text.eos_token_id != text.vocab_size - 1:  # ids of added tokens are above EOS
         text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
     quick_gelu = {"quick_gelu": True} if vision.hidden_act == "quick_gelu" else {}
     return {"embed_dim": config.projection_dim, **quick_gelu, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
@@ -330,11 +292,7 @@ CLIP_VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_att
 def mlip_config_of_clip(config: CLIPConfig) -> dict[str, Any]:
     """The keys of MLIPConfig that compute what transformers computes from a `CLIPConfig`."""
     vision_config, text_config = towers(config)
-    text = {key: getattr(text_config, key) for key in CLIP_TEXT}
-    if text["eos_token_id"] == 2:  # configs written before transformers 4.31, which pool at the highest id
-        text["eos_token_id"] = highest_id(text["vocab_size"])
-        if text["vocab_size"] == CLIP_VOCAB:
-            text |= {"bos_token_id": CLIP_BOS, "pad_token_id": CLIP_EOS}
+    text = repair_eos_token_id({key: getattr(text_config, key) for key in CLIP_TEXT})
     vision = {key: getattr(vision_config, key) for key in CLIP_VISION}
     return {"projection_dim": config.projection_dim, "text_config": text, "vision_config": vision}
 

@@ -1,13 +1,15 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Parity: the original and the MLIP model side by side, in float32, on the same random images and token ids.
+"""Parity: runs the original model and the MLIP model on the same inputs in float32 and compares all results.
 
-The original shares its tensors with the converted model, and half precision is widened one operation at a time, so that
-both together take the memory of one.
+The original shares its tensors with the converted model, and half precision is widened one operation at a time. So both
+models together take the memory of one.
 """
 
+import functools
 import importlib.util
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,22 +25,36 @@ from modeling_mlip import MLIPConfig, MLIPModel
 from .open_clip_configurations import highest_id, towers
 
 TOLERANCE = 1e-4
-# Layers are reported in this many groups for each tower.
+# Number of groups of layers that the report has for each tower.
 GROUPS = 4
+# Captions that go through the text towers at a time.
+TEXT_BATCH = 16
+OUTPUTS = ("image embeddings", "text embeddings", "logits")
+ALL_LENGTHS = "text, all lengths"
 
 
 @dataclass
 class Report:
-    """Largest absolute differences in float32, by group, with the largest magnitude that the original has there."""
+    """Largest absolute differences in float32, by group.
+
+    Args:
+        oracle: name and version of the original.
+        rows: `(group, largest difference, largest magnitude of the original)`.
+    """
 
     oracle: str
     rows: list[tuple[str, float, float]] = field(default_factory=list)
 
     @property
     def worst(self) -> float:
-        """The largest difference, of hidden states in units of their magnitude where that is above 1."""
-        return max(
-            difference if name in OUTPUTS else difference / max(1.0, magnitude)
+        """The largest difference; NaN if any difference is not finite or an output was not compared.
+
+        Differences of hidden states are divided by their magnitude where that is above 1.
+        """
+        if not {*OUTPUTS, ALL_LENGTHS} <= {name for name, _, _ in self.rows}:
+            return math.nan
+        return largest(
+            difference if name in (*OUTPUTS, ALL_LENGTHS) else difference / max(1.0, magnitude)
             for name, difference, magnitude in self.rows
         )
 
@@ -66,12 +82,37 @@ class Report:
         return "\n".join([*lines, f"  {verdict}: worst {self.worst:.1e}, allowed {TOLERANCE:.0e}"])
 
 
-# Keys of model_cfg that say how OpenCLIP holds and returns things.
+def largest(values: Iterable[float]) -> float:
+    """The largest value; NaN if there is none or if one is not finite. Python's `max` drops a NaN behind a number."""
+    values = list(values)
+    return max(values) if values and all(map(math.isfinite, values)) else math.nan
+
+
+@dataclass
+class Oracle:
+    """An original model.
+
+    Args:
+        name: library and version.
+        outputs: `(images, ids)` -> `OUTPUTS`, shapes `(B, P)`, `(T, P)`, `(B, T)`.
+        encode_text: ids `(T, L)` -> normalised embeddings `(T, P)`.
+        pools_at_highest_id: whether the text tower pools at the highest id of a text, so that no id is above EOS.
+    """
+
+    name: str
+    model: nn.Module
+    vision_layers: nn.ModuleList
+    text_layers: nn.ModuleList
+    outputs: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    encode_text: Callable[[Tensor], Tensor]
+    pools_at_highest_id: bool
+
+
+# Keys of model_cfg about how OpenCLIP stores parameters and returns outputs.
 NOT_MATHEMATICS = ("custom_text", "output_dict", "cast_dtype")
-OUTPUTS = ("image embeddings", "text embeddings", "logits")
 
 
-def open_clip_oracle(model_cfg: dict[str, Any], state: dict[str, Tensor]) -> "Oracle | None":
+def open_clip_oracle(model_cfg: dict[str, Any], state: dict[str, Tensor]) -> Oracle | None:
     """OpenCLIP's model on these tensors, or `None` where open_clip is not installed."""
     if importlib.util.find_spec("open_clip") is None:
         return None
@@ -89,10 +130,13 @@ def open_clip_oracle(model_cfg: dict[str, Any], state: dict[str, Tensor]) -> "Or
         return image, text, scale * image @ text.T
 
     layers = model.visual.transformer.resblocks, model.transformer.resblocks
-    return Oracle(f"open_clip {open_clip.__version__}", model, *layers, outputs)
+    pools_at_highest_id = model_cfg["text_cfg"].get("pool_type", "argmax") == "argmax"
+    encode_text = functools.partial(model.encode_text, normalize=True)
+    name = f"open_clip {open_clip.__version__}"
+    return Oracle(name, model, *layers, outputs, encode_text, pools_at_highest_id)
 
 
-def clip_oracle(config: dict[str, Any], state: dict[str, Tensor]) -> "Oracle":
+def clip_oracle(config: dict[str, Any], state: dict[str, Tensor]) -> Oracle:
     """transformers' CLIPModel on these tensors."""
     with torch.device("meta"):
         model = transformers.CLIPModel(transformers.CLIPConfig(**config))
@@ -105,26 +149,24 @@ def clip_oracle(config: dict[str, Any], state: dict[str, Tensor]) -> "Oracle":
         return output.image_embeds, output.text_embeds, output.logits_per_image
 
     layers = model.vision_model.encoder.layers, model.text_model.encoder.layers
-    return Oracle(f"transformers {transformers.__version__}", model, *layers, outputs)
+    name = f"transformers {transformers.__version__}"
+    pools_at_highest_id = model.config.text_config.eos_token_id == 2
+    return Oracle(name, model, *layers, outputs, functools.partial(_encode_text, model), pools_at_highest_id)
 
 
-@dataclass
-class Oracle:
-    name: str
-    model: nn.Module
-    vision_layers: nn.ModuleList
-    text_layers: nn.ModuleList
-    outputs: Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (images, ids) -> OUTPUTS: (B, P), (T, P), (B, T)
+def _encode_text(model: Any, ids: Tensor) -> Tensor:
+    """Normalised text embeddings `(T, P)` of an MLIP model or a CLIP model of transformers."""
+    return nn.functional.normalize(model.get_text_features(input_ids=ids).pooler_output, dim=-1)
 
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 class InFloat32(TorchFunctionMode):
-    """Computes in float32 on parameters that stay in half precision: widens the operands of each operation."""
+    """Computes in float32 with parameters in half precision, by widening the operands of each operation."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__name__ == "__get__":  # an attribute; widening a tensor to read its shape would be a waste
+        if func.__name__ == "__get__":  # reading an attribute needs no widened tensor
             return _widened(func(*args))
         args, kwargs = tree_map(_widened, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -138,8 +180,13 @@ def _widened(value: Any) -> Any:
 
 @torch.no_grad()
 def compare(model: MLIPModel, oracle: Oracle, seed: int = 0) -> Report:
-    """Run both on two random images and three random captions; compare every layer, the embeddings and the logits."""
+    """Compares the models at `merge_ratio=0`.
+
+    Two random images and three random captions give every layer, the embeddings and the logits. Captions of every
+    length with every class of token id (`captions_of_all_lengths`) give the text embeddings.
+    """
     images, ids = random_inputs(model.config, seed)
+    all_ids = captions_of_all_lengths(model.config, oracle.pools_at_highest_id, seed)
     merge_ratio = model.config.merge_ratio
     model.eval().set_merge_ratio(0.0)
     oracle.model.eval()
@@ -148,30 +195,32 @@ def compare(model: MLIPModel, oracle: Oracle, seed: int = 0) -> Report:
             their_outputs = oracle.outputs(images, ids)
         with _recorded(model.vision_model.encoder.layers, model.text_model.encoder.layers) as ours:
             output = model(input_ids=ids, pixel_values=images)
+        our_texts = torch.cat([_encode_text(model, batch) for batch in all_ids.split(TEXT_BATCH)])
+        their_texts = torch.cat([oracle.encode_text(batch) for batch in all_ids.split(TEXT_BATCH)])
     model.set_merge_ratio(merge_ratio)
 
     report = Report(oracle.name)
     for tower, our_states, their_states in zip(("vision", "text"), ours, theirs, strict=True):
         for first, last in _groups(len(their_states)):
             pairs = list(zip(our_states[first : last + 1], their_states[first : last + 1], strict=True))
-            difference = max(_difference(a, b) for a, b in pairs)
-            report.rows.append(
-                (f"{tower} layers {first}-{last}", difference, max(b.abs().max().item() for _, b in pairs))
-            )
-    our_outputs = (output.image_embeds, output.text_embeds, output.logits_per_image)
-    for name, a, b in zip(OUTPUTS, our_outputs, their_outputs, strict=True):
+            difference = largest(_difference(a, b) for a, b in pairs)
+            magnitude = largest(b.abs().max().item() for _, b in pairs)
+            report.rows.append((f"{tower} layers {first}-{last}", difference, magnitude))
+    our_outputs = (output.image_embeds, output.text_embeds, output.logits_per_image, our_texts)
+    names = (*OUTPUTS, ALL_LENGTHS)
+    for name, a, b in zip(names, our_outputs, (*their_outputs, their_texts), strict=True):
         report.rows.append((name, _difference(a, b), b.abs().max().item()))
     return report
 
 
 def random_inputs(config: MLIPConfig, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images `(2, 3, S, S)` as normalised pixels are spread, and ids `(3, L)`: captions of three lengths, padded."""
+    """Images `(2, 3, S, S)` distributed as normalised pixels, and ids `(3, L)`: captions of three lengths, padded."""
     generator = torch.Generator().manual_seed(seed)
     vision, text = towers(config)
     images = torch.randn(2, 3, vision.image_size, vision.image_size, generator=generator)
     length, pad = text.max_position_embeddings, text.pad_token_id or 0
     eos = text.eos_token_id if text.pooling == "eos" else pad
-    # As in captions: nothing is above an EOS that is found as the highest id, and the first EOS is the end.
+    # As in captions: no id is above an EOS that is found as the highest id, and the first EOS is the end.
     top = eos if eos == highest_id(text.vocab_size) else text.vocab_size
     ids = torch.randint(1, top, (3, length), generator=generator)
     ids[ids == eos] = 3 if eos != 3 else 4
@@ -181,8 +230,38 @@ def random_inputs(config: MLIPConfig, seed: int = 0) -> tuple[Tensor, Tensor]:
     return images, ids
 
 
+def captions_of_all_lengths(config: MLIPConfig, pools_at_highest_id: bool, seed: int = 0) -> Tensor:
+    """Token ids `(L, L)`: row n has EOS at position n, and every class of id occurs at many positions.
+
+    The classes are the first ids, BOS, PAD, the ids next to EOS, added tokens (above EOS) and the last id.
+
+    Args:
+        pools_at_highest_id: leaves out ids above EOS, which a model that pools at the highest id cannot hold.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    _, text = towers(config)
+    length, pad = text.max_position_embeddings, text.pad_token_id or 0
+    eos = text.eos_token_id if text.pooling == "eos" else pad
+    top = eos if pools_at_highest_id and text.pooling == "eos" else text.vocab_size
+    bos = text.bos_token_id if text.bos_token_id is not None else 0
+    special = [0, 1, 2, 3, bos, pad, eos - 1, eos + 1, (eos + top) // 2, top - 2, top - 1]
+    special = sorted({number for number in special if 0 <= number < top and number != eos})
+    ids = torch.randint(0, top, (length, length), generator=generator)
+    ids[ids == eos] = special[-1]
+    for row in range(length):
+        for column in range(row % 2, length, 2):  # every second token is special
+            ids[row, column] = special[(row // 2 + column // 2) % len(special)]
+        ids[row, row] = eos
+        if row % 3 or text.pooling == "last":
+            ids[row, row + 1 :] = pad  # other rows keep ids after EOS, which must not change the embedding
+    return ids
+
+
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    return (ours - theirs).abs().max().item()
+    """The largest absolute difference; NaN if the shapes differ or a value is not finite."""
+    if ours.shape != theirs.shape or not ours.numel():
+        return math.nan
+    return (ours - theirs).abs().max().item()  # torch's max keeps NaN
 
 
 def _groups(num_layers: int) -> list[tuple[int, int]]:
@@ -192,7 +271,7 @@ def _groups(num_layers: int) -> list[tuple[int, int]]:
 
 @contextmanager
 def _recorded(*towers: nn.ModuleList):
-    """Yields a list of hidden states for each tower, filled as its layers run."""
+    """Yields a list for each tower. Each layer that runs appends its hidden states."""
     states: tuple[list[Tensor], ...] = tuple([] for _ in towers)
 
     def recorder(tower: list[Tensor]):

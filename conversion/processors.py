@@ -1,14 +1,19 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""A CLIPProcessor that gives the pixels and token ids of OpenCLIP, and OpenCLIP's settings of a CLIPProcessor.
+"""A CLIPProcessor with the pixels and token ids of OpenCLIP, and OpenCLIP's settings for a CLIPProcessor.
 
-OpenCLIP cleans a text before it tokenizes (HTML entities, curly quotes, white space; case or punctuation, by model) and
-overwrites [SEP] for some; here both are steps of the tokenizer itself, so that they are saved with it.
+OpenCLIP cleans a text before it tokenizes: HTML entities, curly quotes and white space, for some models case or
+punctuation. For some models it overwrites [SEP] with id 0. Here both are steps of the tokenizer, so they are saved with
+it.
 """
 
 import gzip
+import hashlib
 import importlib.resources
 import importlib.util
+import json
+import re
 import string
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ from tokenizers import Regex, Tokenizer, normalizers, processors
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .open_clip_configurations import CLIP_BOS, CLIP_EOS, CLIP_VOCAB
+from .open_clip_configurations import CLIP_VOCAB
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,7 +32,14 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 RESAMPLE = {"bicubic": 3, "bilinear": 2, "random": 3}  # PIL's numbers; OpenCLIP takes bicubic for "random" at inference
-# What OpenCLIP's cleaning (html.unescape twice, ftfy) does to captions as they are found on the web.
+# SHA-256 of CLIP's vocabulary as sorted JSON.
+CLIP_VOCABULARY_SHA256 = "88090f1273a5322f16b5289e86fc42c42b1eb43da00372fa2ae7fdbde1aaf5dd"
+# `hf_tokenizer_name` of an exported tokenizer that no Hub id is known for.
+UNKNOWN_TOKENIZER = "owner/name"
+# Texts on which the tokenizers are compared, beside texts with every added token.
+PROBE_TEXTS = ("", "a photo of a cat", "Hello World!", "!", "two dogs, 3 cats; it's 50%", "caf\u00e9", "word " * 100)
+MAX_PROBED_TOKENS = 1000
+# What OpenCLIP's cleaning (html.unescape twice, ftfy) replaces in captions that are found on the web.
 REPLACED = {
     "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#39;": "'", "&#x27;": "'", "&apos;": "'", "&nbsp;": " ",
     "[\u02bc\u2018-\u201b]": "'", "[\u201c-\u201f]": '"',
@@ -41,10 +53,10 @@ def processor_of_open_clip(
     """The processor that OpenCLIP's configs describe.
 
     Args:
-        folder: where the files of a Hugging Face tokenizer may lie; otherwise its name is looked up.
+        folder: a folder that may contain the files of a Hugging Face tokenizer; without them, its name is looked up.
 
     Raises:
-        ValueError, OSError: if a setting is not supported, or the tokenizer is not to be found.
+        ValueError, OSError: if a setting is not supported, or the tokenizer cannot be found.
     """
     return CLIPProcessor(
         image_processor=image_processor_of(preprocess_cfg, image_size),
@@ -53,7 +65,11 @@ def processor_of_open_clip(
 
 
 def image_processor_of(preprocess_cfg: dict[str, Any], image_size: int) -> CLIPImageProcessor:
-    """OpenCLIP's transform for inference; `image_size` is the model's, which OpenCLIP puts before the config's."""
+    """OpenCLIP's transform for inference. As in OpenCLIP, the `image_size` of the model replaces the configured one.
+
+    Raises:
+        ValueError: if the resize mode, interpolation or fill color is not supported.
+    """
     mean, std = preprocess_cfg.get("mean", OPENAI_CLIP_MEAN), preprocess_cfg.get("std", OPENAI_CLIP_STD)
     interpolation = preprocess_cfg.get("interpolation") or "bicubic"
     mode = preprocess_cfg.get("resize_mode") or "shortest"
@@ -82,7 +98,11 @@ def image_processor_of(preprocess_cfg: dict[str, Any], image_size: int) -> CLIPI
 
 
 def preprocess_cfg_of(images: CLIPImageProcessor, image_size: int) -> dict[str, Any]:
-    """OpenCLIP's preprocess_cfg of an image processor; the inverse of `image_processor_of`."""
+    """OpenCLIP's preprocess_cfg of an image processor; the inverse of `image_processor_of`.
+
+    Raises:
+        ValueError: if OpenCLIP has no such size or interpolation.
+    """
     size = {key: value for key, value in dict(images.size).items() if value}
     mode = {"shortest_edge": "shortest", "height": "squash", "max_height": "longest"}.get(next(iter(sorted(size))))
     if mode is None or set(size.values()) != {image_size}:
@@ -105,7 +125,12 @@ def preprocess_cfg_of(images: CLIPImageProcessor, image_size: int) -> dict[str, 
 
 
 def tokenizer_of(text_cfg: dict[str, Any], folder: Path | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of OpenCLIP's text_cfg: CLIP's own, or the Hugging Face one that it names."""
+    """The tokenizer of OpenCLIP's text_cfg: CLIP's tokenizer, or the Hugging Face tokenizer that it names.
+
+    Raises:
+        OSError: if the tokenizer cannot be loaded.
+        ValueError: if a setting is not supported, or the tokenizer has more tokens than the model.
+    """
     options = dict(text_cfg.get("tokenizer_kwargs") or {})
     clean, strip_sep = options.pop("clean", None), options.pop("strip_sep_token", False)
     length = options.pop("context_length", None) or text_cfg.get("context_length", 77)
@@ -129,7 +154,8 @@ def tokenizer_of(text_cfg: dict[str, Any], folder: Path | None) -> PreTrainedTok
     if strip_sep:
         _overwrite_sep(tokenizer)
     name = tokenizer.init_kwargs.get("hf_tokenizer_name", name)
-    return _with_cleaning(tokenizer, clean or "whitespace", length, hf_tokenizer_name=name)
+    options = {"hf_tokenizer_name": name, "hf_tokenizer_size": len(tokenizer)}
+    return _with_cleaning(tokenizer, clean or "whitespace", length, **options)
 
 
 def _files_or(folder: Path | None, name: str) -> Path | str:
@@ -139,10 +165,10 @@ def _files_or(folder: Path | None, name: str) -> Path | str:
 
 
 def _clip_tokenizer(folder: Path | None) -> PreTrainedTokenizerFast:
-    """CLIP's byte-pair encoding: from open_clip's vocabulary file, files in `folder`, or OpenAI's page on the Hub.
+    """CLIP's byte-pair encoding from open_clip's vocabulary file, from files in `folder`, or from the Hub.
 
-    It pads with id 0, as OpenCLIP does. That id is "!", so special tokens are not looked for in a text: an exclamation
-    mark in a caption stays one.
+    It pads with id 0, as OpenCLIP does. That id is the token "!", so the tokenizer must not treat special tokens in a
+    text as special: an exclamation mark in a caption stays a token of the caption.
     """
     if importlib.util.find_spec("open_clip") is not None:
         packed = importlib.resources.files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
@@ -155,7 +181,7 @@ def _clip_tokenizer(folder: Path | None) -> PreTrainedTokenizerFast:
             raise OSError("no file of a vocabulary was found")
     except (OSError, ValueError) as error:
         raise OSError(
-            f"CLIP's vocabulary is not at hand ({str(error).splitlines()[0]}): install open_clip_torch, "
+            f"CLIP's vocabulary was not found ({str(error).splitlines()[0]}): install open_clip_torch, "
             "put tokenizer.json beside the weights, or connect to the Hub."
         ) from None
     tokenizer.pad_token = "!"
@@ -163,11 +189,13 @@ def _clip_tokenizer(folder: Path | None) -> PreTrainedTokenizerFast:
 
 
 def clip_vocabulary(merge_lines: list[str]) -> tuple[dict[str, int], list[Any]]:
-    """CLIP's 49 408 tokens and 48 894 merges from the lines of its merges file: bytes, bytes at a word's end, merges,
-    start and end."""
+    """CLIP's 49 408 tokens and 48 894 merges from the lines of its merges file.
+
+    The order of the tokens is: bytes, bytes at the end of a word, merges, BOS, EOS.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = 256 - len(printable)
-    characters = [chr(code) for code in printable] + [chr(256 + i) for i in range(rest)]  # GPT-2's byte alphabet
+    num_others = 256 - len(printable)
+    characters = [chr(code) for code in printable] + [chr(256 + i) for i in range(num_others)]  # GPT-2's byte alphabet
     num_merges = CLIP_VOCAB - 2 * 256 - 2
     merges = [tuple(line.split()) for line in merge_lines[:num_merges]]
     tokens = [*characters, *(c + "</w>" for c in characters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
@@ -213,15 +241,69 @@ def _with_cleaning(tokenizer: PreTrainedTokenizerFast, clean: str, length: int, 
 
 
 def has_clip_vocabulary(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether OpenCLIP's built-in tokenizer gives the same ids."""
-    ids = tokenizer("a photo of a cat").input_ids
-    return ids == [CLIP_BOS, 320, 1125, 539, 320, 2368, CLIP_EOS]
+    """Whether the tokens and their ids are those of OpenCLIP's built-in tokenizer, without any added token."""
+    return vocabulary_hash(tokenizer) == CLIP_VOCABULARY_SHA256
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of all tokens and their ids, added tokens included."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def text_cfg_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What OpenCLIP's text_cfg says of the tokenizer; a Hugging Face one is loaded from the folder that is written."""
+    """The keys of OpenCLIP's text_cfg about the tokenizer; empty for CLIP's vocabulary.
+
+    `hf_tokenizer_name` is a Hub id, or `UNKNOWN_TOKENIZER` if none is known; never a local path. OpenCLIP ignores it
+    with `local-dir:` and loads the tokenizer from the folder.
+    """
     if has_clip_vocabulary(tokenizer):
         return {}
-    return {
-        "hf_tokenizer_name": tokenizer.init_kwargs.get("hf_tokenizer_name") or tokenizer.name_or_path or "tokenizer"
-    }
+    name, size = (tokenizer.init_kwargs.get(key) for key in ("hf_tokenizer_name", "hf_tokenizer_size"))
+    if not _is_hub_id(name) or size not in (None, len(tokenizer)):  # another size: tokens were added since
+        name = UNKNOWN_TOKENIZER
+    return {"hf_tokenizer_name": name}
+
+
+def _is_hub_id(name: Any) -> bool:
+    is_id = isinstance(name, str) and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is not None
+    return is_id and not Path(name).exists()
+
+
+def check_open_clip_tokens(tokenizer: PreTrainedTokenizerFast, model_cfg: dict[str, Any]) -> bool:
+    """Compares the ids of OpenCLIP's tokenizer for `model_cfg` with those of `tokenizer`.
+
+    The texts are `PROBE_TEXTS` and one text for each added token. Ids after EOS are not compared where the text tower
+    is causal and pools at EOS, because they do not change the embedding.
+
+    Returns:
+        False if open_clip is not installed, so that nothing was compared.
+
+    Raises:
+        ValueError: naming the first text whose ids differ.
+    """
+    if importlib.util.find_spec("open_clip") is None:
+        return False
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    text_cfg = model_cfg["text_cfg"]
+    length, options = text_cfg["context_length"], text_cfg.get("tokenizer_kwargs") or {}
+    added = sorted(tokenizer.get_added_vocab())[:MAX_PROBED_TOKENS]
+    texts = [*PROBE_TEXTS, *(f"a photo of {token} cat" for token in added if token not in tokenizer.all_special_tokens)]
+    with tempfile.TemporaryDirectory() as folder:
+        if "hf_tokenizer_name" in text_cfg:
+            tokenizer.save_pretrained(folder)
+            theirs = HFTokenizer(folder, context_length=length, **options)(texts)
+        else:
+            theirs = SimpleTokenizer(context_length=length, **options)(texts)
+    ours = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+    pools_at_eos = text_cfg.get("pool_type", "argmax") != "last" and not text_cfg.get("no_causal_mask")
+    eos = text_cfg["eos_id"] if text_cfg.get("pool_type") == "eos" else int(theirs[0].max())
+    for text, our_ids, their_ids in zip(texts, ours.tolist(), theirs.tolist(), strict=True):
+        if pools_at_eos and eos in our_ids and eos in their_ids:
+            our_ids, their_ids = our_ids[: our_ids.index(eos) + 1], their_ids[: their_ids.index(eos) + 1]
+        if our_ids != their_ids:
+            raise ValueError(
+                f"OpenCLIP's tokenizer gives other token ids than the model's for the text {text[:60]!r}, so the "
+                "embeddings of texts would differ; export to transformers' CLIP, or with a tokenizer that OpenCLIP has."
+            )
+    return True

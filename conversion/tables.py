@@ -56,7 +56,7 @@ OPEN_CLIP: Table = {
 # OpenCLIP multiplies by these from the right, a Linear by its transpose.
 TRANSPOSED = {"visual.proj", "text_projection"}
 
-# transformers' CLIP uses the names that MLIP took over; it has no LayerScale.
+# MLIP uses the names of transformers' CLIP, which has no LayerScale.
 CLIP: Table = {
     name: name
     for row in OPEN_CLIP.values()
@@ -64,7 +64,7 @@ CLIP: Table = {
     if "layer_scale" not in name
 }
 
-# What MLIP has beyond CLIP: these start afresh in a conversion, and only an MLIP folder can hold them.
+# Parameters that MLIP adds to CLIP: a conversion initialises them, and only an MLIP folder contains them.
 OWN = (
     "vision_model.frequency.",
     "frequency_projection.",
@@ -75,7 +75,7 @@ OWN = (
     "token_logit_scale",
 )
 
-# Buffers that older files carry: 0, 1, 2, ... or a causal mask, built again from the config.
+# Buffers in older files: position ids or a causal mask, which the model builds itself.
 BUFFERS = {
     "attn_mask",
     "text_model.embeddings.position_ids",
@@ -84,7 +84,7 @@ BUFFERS = {
 
 
 def is_own(name: str) -> bool:
-    """Whether a parameter is MLIP's own, so that no other format has it."""
+    """Whether a parameter exists only in MLIP."""
     return name.startswith(OWN)
 
 
@@ -94,15 +94,15 @@ def same_names(names: Iterable[str]) -> Table:
 
 
 def to_mlip(state: Mapping[str, Tensor], table: Table, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Rename, split and transpose a state dict of another format into MLIP's.
+    """Renames, splits and transposes a state dict of another format into one of MLIP.
 
     Args:
         state: their names and tensors.
         table: `OPEN_CLIP` or `CLIP`.
-        shapes: MLIP's parameter names and shapes as the config asks for, without its own parts.
+        shapes: names and shapes of MLIP's parameters for the configuration, without those that MLIP adds.
 
     Raises:
-        ValueError: naming the key, if a key is unknown, is missing, or has another shape than the config asks for.
+        ValueError: naming the key, if it is unknown, missing, or has another shape than the configuration needs.
     """
     state = {key: tensor for key, tensor in state.items() if key not in BUFFERS}
     ours: dict[str, Tensor] = {}
@@ -135,7 +135,7 @@ def to_mlip(state: Mapping[str, Tensor], table: Table, shapes: Mapping[str, torc
 
 
 def from_mlip(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
-    """The inverse of `to_mlip`, to the bit; MLIP's own parts must be left out before.
+    """The exact inverse of `to_mlip`. `state` must not contain parameters that MLIP adds.
 
     Raises:
         ValueError: naming the key, if the other format has no name for a key.
@@ -149,7 +149,7 @@ def from_mlip(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
             raise ValueError(f"{name} has no place in the other format.")
         names, key = known[pattern]
         if pattern != names[0]:
-            continue  # the second and third part of a row, taken with its first
+            continue  # the second and third name of a row, handled with the first
         if len(names) > 1:
             tensor = torch.cat([state[part.format(layer)] for part in names])
         key = key.format(layer)

@@ -43,7 +43,7 @@ def find_columns(
     caption = find_caption_column(dataset, caption_column)
     if caption is None:
         raise ValueError(
-            f"No caption column with a usual name: {_listed(dataset)}; choose one with caption_column=NAME."
+            f"No caption column with a usual name: {_format_columns(dataset)}; choose one with caption_column=NAME."
         )
     return image, caption
 
@@ -61,7 +61,9 @@ def find_image_column(dataset: Dataset | IterableDataset, image_column: str | No
     else:
         candidates = _usual_columns(IMAGE_COLUMNS, columns)
     if not candidates:
-        raise ValueError(f"No image column with a usual name: {_listed(dataset)}; choose one with image_column=NAME.")
+        raise ValueError(
+            f"No image column with a usual name: {_format_columns(dataset)}; choose one with image_column=NAME."
+        )
     usable = [name for name in candidates if _holds_image(columns[name])]
     if not usable:
         raise ValueError(
@@ -119,13 +121,13 @@ def _flat_columns(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     return dict(dataset.features or next(iter(dataset), {}))
 
 
-def _listed(dataset: Dataset | IterableDataset) -> str:
+def _format_columns(dataset: Dataset | IterableDataset) -> str:
     return f"the columns are {', '.join(_flat_columns(dataset))}"
 
 
 def _check_name(dataset: Dataset | IterableDataset, parameter: str, name: str, columns: dict[str, Any]) -> None:
     if name not in columns:
-        raise ValueError(f"{parameter}={name}: no such column; {_listed(dataset)}.")
+        raise ValueError(f"{parameter}={name}: no such column; {_format_columns(dataset)}.")
 
 
 def _usual_columns(usual: tuple[str, ...], columns: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from .columns import find_image_column
 from .items import one_line, undecoded
 from .source_files import data_files
-from .tables import CSV_OPTIONS, check_table, count_lines, read_repaired_table, report_lone_quotes
+from .table_files import CSV_OPTIONS, check_table, count_lines, read_repaired_table, report_lone_quotes
 from .tar_shards import load_tar_shards
 
 # Extension -> the builder of datasets that reads it, and its options.

@@ -153,7 +153,7 @@ def draw(
     u = (x * np.cos(turn) + y * np.sin(turn)) / radius  # (B, S, S)
     v = (y * np.cos(turn) - x * np.sin(turn)) / radius
     inside = np.empty((B, S, S), dtype=bool)
-    for index, contains in enumerate((_circle, _square, _triangle, _star, _cross, _ring)):
+    for index, contains in enumerate((_circle, _is_square, _triangle, _star, _cross, _ring)):
         chosen = shape == index
         inside[chosen] = contains(u[chosen], v[chosen])
 
@@ -178,7 +178,7 @@ def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return u**2 + v**2 < 1
 
 
-def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _is_square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.maximum(abs(u), abs(v)) < 0.8
 
 

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from modeling_mlip import MLIPModel
 from modeling_mlip.configuration_mlip import MERGE_METHODS
-from modeling_mlip.data.arguments import DataArguments
+from modeling_mlip.data.data_arguments import DataArguments
 from modeling_mlip.hub.atomic_files import write_atomically
 from modeling_mlip.hub.formatting import format_table
 from modeling_mlip.hub.results import Result
@@ -313,7 +313,7 @@ def describe_device(encoder: Encoder) -> dict[str, Any]:
 
 def benchmark_table(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
     """The rows to print, with the speed-up against the first row."""
-    table = []
+    table: list[dict[str, Any]] = []
     for row in rows:
         cost, main = row.cost, main_result(row.results)
         shown = [main, *(result for result in row.results if result.k == 1 and result != main)]

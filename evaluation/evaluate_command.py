@@ -22,8 +22,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from modeling_mlip.data.arguments import DataArguments
 from modeling_mlip.data.columns import find_caption_column
+from modeling_mlip.data.data_arguments import DataArguments
 from modeling_mlip.data.sources import load_splits
 from modeling_mlip.hub.atomic_files import write_atomically
 from modeling_mlip.hub.formatting import format_table

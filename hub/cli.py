@@ -1,56 +1,84 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""The command `mlip`: finds the subcommands that are installed, runs one, and turns its errors into one line.
+"""The command `mlip`: runs a subcommand and prints its errors as one line.
 
-A subcommand is an entry point of the group `mlip.commands`, so that each lives with the code that it calls.
+Each subcommand is an entry point of the group `mlip.commands`.
 """
 
 import atexit
 import os
 import sys
+import tempfile
 import threading
+import traceback
 from importlib.metadata import entry_points
 from typing import NoReturn
 
-from huggingface_hub.errors import StrictDataclassError
-
-from .errors import error_line
+from .errors import error_line, is_user_error
 
 ENTRY_POINT_GROUP = "mlip.commands"
+DEBUG_FLAG = "--debug"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs `mlip COMMAND ...`; returns the exit status."""
+    """Runs `mlip [--debug] COMMAND ...`.
+
+    An error that the user can act on is printed as one line. Any other error is a bug: its traceback goes to a file,
+    whose path is printed. With `--debug`, errors are raised.
+
+    Returns:
+        The exit status: 0, 1 for an error, 2 for an unknown command, 130 for an interruption from the keyboard.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
+    debug = arguments[:1] == [DEBUG_FLAG]
+    arguments = arguments[1:] if debug else arguments
     commands = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     if not arguments or arguments[0] not in commands:
-        asked_for_help = arguments[:1] in (["-h"], ["--help"])
-        listing = ", ".join(sorted(commands))
-        print(f"usage: mlip COMMAND ...\n\ncommands: {listing}\n'mlip COMMAND --help' describes one of them.")
-        if arguments and not asked_for_help:
-            print(f"mlip: error: there is no command {arguments[0]!r}; choose one of {listing}.", file=sys.stderr)
-        return 0 if asked_for_help else 2
+        return _print_usage(arguments, sorted(commands))
     name = arguments[0]
     try:
         commands[name].load()(arguments[1:])
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        # On a line of its own: a progress bar may stand on the current one.
-        print(f"\nmlip {name}: error: {error_line(error)}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(f"mlip {name}: stopped from the keyboard.", file=sys.stderr)
         return 130
+    except Exception as error:
+        if debug:
+            raise
+        message = error_line(error) if is_user_error(error) else _describe_bug(error)
+        # The line break ends the line of a progress bar.
+        print(f"\nmlip {name}: error: {message}", file=sys.stderr)
+        return 1
     return 0
 
 
-def run() -> NoReturn:
-    """The program `mlip`: `main`, what is registered to happen at exit, and the end, without Python's own teardown.
+def _print_usage(arguments: list[str], commands: list[str]) -> int:
+    is_help = arguments[:1] in (["-h"], ["--help"])
+    listing = ", ".join(commands)
+    print(
+        f"usage: mlip [{DEBUG_FLAG}] COMMAND ...\n\ncommands: {listing}\n"
+        f"'mlip COMMAND --help' describes a command. {DEBUG_FLAG} prints the traceback of an error."
+    )
+    if arguments and not is_help:
+        print(f"mlip: error: there is no command {arguments[0]!r}; choose one of {listing}.", file=sys.stderr)
+    return 0 if is_help else 2
 
-    While Python tears itself down, a thread of Arrow that lets go of a stream's file would abort the process after all
-    its work was done (apache/arrow#45214). What Python does before its teardown is done here, in its order, as
-    multiprocessing ends a child: joining threads one by one would wait forever for those of an idle executor.
+
+def _describe_bug(error: Exception) -> str:
+    """One line that names the error and the file with its traceback."""
+    with tempfile.NamedTemporaryFile("w", prefix="mlip-", suffix=".log", delete=False, encoding="utf-8") as log:
+        traceback.print_exception(error, file=log)
+    message = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {message}. Please report it with the traceback in {log.name}."
+
+
+def run() -> NoReturn:
+    """The console script `mlip`: runs `main` and ends the process without Python's own teardown.
+
+    During the teardown, a thread of Arrow that closes a file of a stream can abort the process after all work is done
+    (apache/arrow#45214). This function does what Python does before the teardown, in the same order as multiprocessing
+    ends a child process. It does not join threads one by one, because those of an idle executor never end.
     """
     status = main()
-    threading._shutdown()  # type: ignore[attr-defined]  # of CPython; its stubs leave it out
+    threading._shutdown()  # type: ignore[attr-defined]  # CPython has it; the type stubs do not
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Where a configuration comes from: a name, a folder, or a CLIP model; and overrides from the command line."""
+"""Configurations by name, from a folder or from the Hub, and changes to some of their keys."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from modeling_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
 
 from .errors import error_line
 
-# By `model_type`: what `save_pretrained` writes here, and what a run may start from.
+# By `model_type`: the configurations that this package saves, and those of models that training can start from.
 CONFIG_CLASSES = {kind.model_type: kind for kind in (MLIPConfig, MLIPTextConfig, MLIPVisionConfig)}
 START_CLASSES = {kind.model_type: kind for kind in (MLIPConfig, CLIPConfig)}
 
-# name -> (vision keys, text keys, projection_dim), the sizes of OpenCLIP's models of that name. `tiny` is for training
-# on a CPU: it merges in its first layer, where that saves most, and its frequency stage is small.
+# name -> (vision keys, text keys, projection_dim). The sizes are those of OpenCLIP's models of these names. `tiny` is
+# for training on a CPU: it merges in its first layer, where merging saves most, and its frequency stage has one layer.
 NAMED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "tiny": (
         dict(
@@ -43,16 +43,16 @@ NAMED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     ),
 }
 
-
-# Of the frequency embedding in that of an image, for models trained from nothing; with CLIP's weights it begins at 0.
+# Weight of the frequency embedding in the image embedding, for models trained from scratch. It starts at 0 for models
+# with CLIP's weights.
 FREQUENCY_EMBED_WEIGHT = 0.5
 
 
 def named_config(name: str) -> MLIPConfig:
-    """The configuration of that name, or of the folder of that name.
+    """The configuration with a name of `NAMED_CONFIGS`, or the one saved in a folder.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if `name` is neither.
     """
     if name in NAMED_CONFIGS:
         vision, text, projection_dim = NAMED_CONFIGS[name]
@@ -79,35 +79,40 @@ def named_config(name: str) -> MLIPConfig:
 
 
 def pretrained_config(name_or_path: str) -> MLIPConfig:
-    """The configuration of a saved MLIP model, or of a CLIP model of transformers as MLIP's.
+    """The configuration of a saved MLIP model, or an MLIP configuration made from that of a CLIP model.
 
     Raises:
-        ValueError: as `saved_config`.
+        OSError, ValueError: as `saved_config`.
     """
     config = saved_config(name_or_path, START_CLASSES)
     return MLIPConfig.from_clip_config(config) if isinstance(config, CLIPConfig) else config
 
 
 def saved_config(name_or_path: str | Path, classes: dict[str, Any]) -> Any:
-    """The configuration of a folder or Hub id, of the class that its `model_type` says.
+    """The configuration of a folder or Hub id.
+
+    Args:
+        classes: the configuration class of each allowed `model_type`.
 
     Raises:
-        OSError: if it is neither a folder nor to be had from the Hub.
-        ValueError: if there is none, if it is of another kind of model, or if it has a value that is not allowed.
+        OSError: if `name_or_path` is not a folder and cannot be loaded from the Hub.
+        ValueError: if the folder has no config.json, its `model_type` is not allowed, or a value in it is not allowed.
     """
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{name_or_path} holds no config.json; give a folder that a model was saved to.")
+        raise ValueError(f"{name_or_path} holds no config.json; give the folder of a saved model.")
     try:
         model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
     except OSError as error:
         if folder.is_dir():
             raise
-        raise OSError(f"There is no folder {name_or_path}, and as a Hub id it was not found: {error}") from error
+        raise OSError(
+            f"There is no folder {name_or_path}, and no model of that id could be loaded from the Hub: {error}"
+        ) from error
     if model_type not in classes:
         raise ValueError(
-            f"{name_or_path} holds a model of type {model_type!r}; here it may be {' or '.join(map(repr, classes))}. "
-            "CLIP and OpenCLIP checkpoints become MLIP models with 'mlip convert'."
+            f"{name_or_path} holds a model of type {model_type!r}; choose a model of type "
+            f"{' or '.join(map(repr, classes))}. 'mlip convert' makes MLIP models from CLIP and OpenCLIP checkpoints."
         )
     try:
         return classes[model_type].from_pretrained(name_or_path)
@@ -115,41 +120,52 @@ def saved_config(name_or_path: str | Path, classes: dict[str, Any]) -> Any:
         raise ValueError(f"{name_or_path}/config.json: {error_line(error)}") from error
 
 
-def _own_fields(config_class: Any) -> dict[str, Any]:
-    """Fields of a configuration that are its own or CLIP's, and not those of every configuration."""
+def _specific_fields(config_class: Any) -> dict[str, Any]:
+    """Fields that MLIP's or CLIP's configuration class declares, without those of every configuration."""
     classes = [base for base in config_class.__mro__ if base.__module__.endswith(("_mlip", "_clip"))]
     names = [name for base in reversed(classes) for name in base.__dict__.get("__annotations__", {})]
     return {name: field for name in names if (field := config_class.__dataclass_fields__.get(name)) is not None}
 
 
-# Every key of the model's and the vision tower's configuration is a flag; the model's wins where both have one.
-MODEL_FIELDS = {k: v for k, v in _own_fields(MLIPConfig).items() if k not in ("text_config", "vision_config")}
-VISION_FIELDS = {k: v for k, v in _own_fields(MLIPVisionConfig).items() if k not in MODEL_FIELDS}
+# The keys that `override_config` accepts and that `mlip train` has flags for. A key of both belongs to the model.
+MODEL_FIELDS = {k: v for k, v in _specific_fields(MLIPConfig).items() if k not in ("text_config", "vision_config")}
+VISION_FIELDS = {k: v for k, v in _specific_fields(MLIPVisionConfig).items() if k not in MODEL_FIELDS}
 
 
 def override_config(config: MLIPConfig, overrides: dict[str, Any]) -> MLIPConfig:
-    """A copy of the configuration with some keys of the model or of the vision tower changed, validated as a whole.
+    """A copy of the configuration with some keys of the model or of the vision tower changed.
+
+    Sizes that depend on a changed key follow it, unless they are given too: `intermediate_size` and
+    `frequency_hidden_size` follow `hidden_size`, and both towers' `projection_dim` follows the model's. Without a
+    frequency embedding, `frequency_embed_weight` becomes 0.
 
     Raises:
-        ValueError: for a key that neither has.
+        ValueError: if a key is unknown, or a value is not allowed.
     """
-    unknown = sorted(set(overrides) - set(MODEL_FIELDS) - set(VISION_FIELDS))
+    unknown = [
+        f"{name}={overrides[name]!r}" for name in sorted(set(overrides) - set(MODEL_FIELDS) - set(VISION_FIELDS))
+    ]
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: not a key of MLIPConfig or MLIPVisionConfig.")
     model = {name: value for name, value in overrides.items() if name in MODEL_FIELDS}
     vision = {name: value for name, value in overrides.items() if name in VISION_FIELDS}
-    if "hidden_size" in vision:  # sizes that follow it, unless they are given too
-        vision.setdefault("frequency_hidden_size", None)
+    if "hidden_size" in vision:
+        vision.setdefault("frequency_hidden_size", None)  # the configuration computes it
         vision.setdefault("intermediate_size", 4 * vision["hidden_size"])
+    num_layers = vision.get("frequency_layers", config.frequency_layers)
+    if not (num_layers and model.get("frequency_loss_weight", config.frequency_loss_weight)):
+        vision.setdefault("frequency_embed_weight", 0.0)
     if "projection_dim" in model:
         vision["projection_dim"] = model["projection_dim"]
     text = {"projection_dim": model["projection_dim"]} if "projection_dim" in model else {}
     values = config.to_dict()
-    return MLIPConfig(
-        **{
-            **values,
-            **model,
-            "vision_config": {**values["vision_config"], **vision},
-            "text_config": {**values["text_config"], **text},
-        }
-    )
+    keys = {
+        **values,
+        **model,
+        "vision_config": {**values["vision_config"], **vision},
+        "text_config": {**values["text_config"], **text},
+    }
+    try:
+        return MLIPConfig(**keys)
+    except StrictDataclassError as error:
+        raise ValueError(error_line(error)) from error

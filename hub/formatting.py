@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+# Names that an error message lists.
+MAX_LISTED_NAMES = 5
+
 
 def format_value(value: Any) -> str:
     """Two decimals for a float, two significant digits below 0.1, an empty string for `None`."""
@@ -45,3 +48,9 @@ def format_table(rows: list[dict[str, Any]], columns: Sequence[str] | None = Non
     if markdown:
         return "\n".join("| " + " | ".join(line) + " |" for line in aligned)
     return "\n".join("  ".join(line).rstrip() for line in aligned)
+
+
+def format_names(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
+    return f"{', '.join(names[:MAX_LISTED_NAMES])}{more}"

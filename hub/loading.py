@@ -1,6 +1,10 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Loading what was saved, strictly: transformers fills in a weight that is missing at random, with a warning."""
+"""Strict loading of saved models and processors: missing, unexpected or misshapen weights raise an error.
 
+transformers initialises such weights at random and only logs a warning.
+"""
+
+import copy
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,40 +16,83 @@ from transformers import AutoProcessor, CLIPConfig, CLIPProcessor, PreTrainedCon
 
 import modeling_mlip
 from modeling_mlip import MLIPConfig, MLIPModel, MLIPPreTrainedModel
+from modeling_mlip.frequency import resize_spectral_filter
 
 from .configurations import CONFIG_CLASSES, START_CLASSES, saved_config
+from .formatting import format_names
 
-# What makes MLIP of CLIP, as the keys that leave it out.
+# The keys of MLIPConfig that leave out everything that MLIP adds to CLIP.
 CLIP_ONLY = {"frequency_layers": 0, "frequency_loss_weight": 0, "token_loss_weight": 0}
 
 
 def load_pretrained(name_or_path: str, config: MLIPConfig | None = None, **kwargs: Any) -> MLIPModel:
-    """A saved MLIP model, or a CLIP model of transformers with what MLIP adds at its start.
+    """Loads a saved MLIP model, or an MLIP model with the weights of a CLIP model of transformers.
+
+    Parameters that MLIP adds to CLIP are initialised as for training.
 
     Args:
-        config: the configuration to load it with, where it differs from the saved one.
+        config: a configuration that differs from the saved one. It may add or leave out parts. With another
+            `image_size`, the position embeddings and spectral filters are interpolated.
         kwargs: for `from_pretrained`.
 
     Raises:
-        ValueError: for another kind of model, or if a weight is missing, left over, of another shape or damaged.
+        OSError: if `name_or_path` cannot be read.
+        ValueError: if it is another kind of model, or a weight is missing, unexpected, damaged or of another shape than
+            the configuration needs.
     """
     saved = saved_config(name_or_path, START_CLASSES)
     if isinstance(saved, CLIPConfig):
         saved = MLIPConfig.from_clip_config(saved, **CLIP_ONLY)
         config = config or MLIPConfig.from_clip_config(CLIPConfig.from_pretrained(name_or_path))
-    model, missing = _load(MLIPModel, name_or_path, saved, config or saved, **kwargs)
+    config = config or saved
+    image_size = config.vision_config.image_size
+    saved_image_size = saved.vision_config.image_size
+    loaded_config = config if image_size == saved_image_size else _with_image_size(config, saved_image_size)
+    model, missing = _load(MLIPModel, name_or_path, saved, loaded_config, **kwargs)
     if "token_visual_projection.weight" in missing:
         model.start_tokens_from_projections()
-    return model
+    return model if image_size == saved_image_size else resize_model(model, config)
 
 
-def load_processor(name_or_path: str | Path, **kwargs: Any) -> CLIPProcessor:
-    """The processor of a saved model.
+def resize_model(model: MLIPModel, config: MLIPConfig) -> MLIPModel:
+    """A model with the weights of `model` for another image size.
+
+    Position embeddings are interpolated as by `interpolate_pos_encoding=True` of `model` (bicubic), spectral filters by
+    `resize_spectral_filter`. So the outputs equal those of `model` with `interpolate_pos_encoding=True`.
+
+    Args:
+        config: the configuration of `model`, but for `vision_config.image_size`.
+    """
+    vision, image_size = model.config.vision_config, config.vision_config.image_size
+    old_side, new_side = vision.image_size // vision.patch_size, image_size // vision.patch_size
+    state = model.state_dict()
+    embeddings = model.vision_model.embeddings
+    name = "vision_model.embeddings.position_embedding.weight"
+    num_prefix_tokens = state[name].shape[0] - old_side**2  # the class token
+    # Only the shape of this argument is used.
+    patch_embeddings = state[name].new_empty(1, num_prefix_tokens + new_side**2, vision.hidden_size)
+    with torch.no_grad():
+        state[name] = embeddings.interpolate_pos_encoding(patch_embeddings, image_size, image_size)[0]
+    for name in [name for name in state if name.endswith(".spectral_filter")]:
+        state[name] = resize_spectral_filter(state[name], (new_side, new_side), width=old_side)
+    with torch.random.fork_rng(devices=[]):  # the random weights are replaced, so they must not change later draws
+        resized = MLIPModel._from_config(
+            config, attn_implementation=model.config._attn_implementation, dtype=model.dtype
+        )
+    resized.load_state_dict(state)
+    return resized.to(model.device).train(model.training)
+
+
+def load_processor(name_or_path: str | Path, image_size: int | None = None, **kwargs: Any) -> CLIPProcessor:
+    """Loads the processor of a saved model.
+
+    Args:
+        image_size: the side of the images in pixels, if it differs from the saved one.
+        kwargs: for `from_pretrained`.
 
     Raises:
-        OSError: if it has no image processor.
-        ValueError: if it has no vocabulary. transformers makes up for that by an empty one, with which every text is
-            the same.
+        OSError: if there is no image processor.
+        ValueError: if there is no vocabulary. transformers makes an empty one, which gives all texts the same ids.
     """
     processor = AutoProcessor.from_pretrained(name_or_path, **kwargs)
     if len(processor.tokenizer) <= len(set(processor.tokenizer.all_special_ids)):
@@ -53,20 +100,33 @@ def load_processor(name_or_path: str | Path, **kwargs: Any) -> CLIPProcessor:
             f"{name_or_path} has no tokenizer.json (or vocab.json and merges.txt): copy it from where the model was "
             "trained or converted."
         )
+    if image_size is not None:
+        images = processor.image_processor
+        size_keys = [key for key, value in dict(images.size).items() if value]
+        images.size = type(images.size)(**dict.fromkeys(size_keys, image_size))
+        images.crop_size = type(images.crop_size)(height=image_size, width=image_size)
     return processor
 
 
 def load_saved(folder: str | Path) -> MLIPPreTrainedModel:
-    """The model of a folder, of the class that it was saved from.
+    """Loads the model of a folder with the class that it was saved from.
 
     Raises:
-        ValueError: as `load_pretrained`.
+        OSError, ValueError: as `load_pretrained`.
     """
     config = saved_config(folder, CONFIG_CLASSES)
     name = (config.architectures or [None])[0]
     if name not in modeling_mlip.__all__:
         raise ValueError(f"{folder}/config.json: architectures={config.architectures}: no class of modeling_mlip.")
     return _load(getattr(modeling_mlip, name), folder, config, config)[0]
+
+
+def _with_image_size(config: MLIPConfig, image_size: int) -> MLIPConfig:
+    """A copy with another image size. Without merging, because a small image may have too few tokens for the ratio."""
+    config = copy.deepcopy(config)
+    config.vision_config.merge_ratio = 0.0
+    config.vision_config.image_size = image_size
+    return config
 
 
 def _load(
@@ -76,30 +136,39 @@ def _load(
     config: PreTrainedConfig,
     **kwargs: Any,
 ) -> tuple[Any, set[str]]:
-    """The model, and the names of its weights that are new: those that `config` asks for and `saved` does not."""
+    """The model, and the names of its new weights: those that `config` needs and `saved` does not."""
     try:
         model, report = model_class.from_pretrained(
             name_or_path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     except (SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{name_or_path}: the weights cannot be read ({_line(error)}); copy them again.") from error
+        message = " ".join(str(error).split())
+        raise ValueError(f"{name_or_path}: the weights cannot be read ({message}); copy them again.") from error
     with torch.device("meta"):
-        expected = set(model_class(saved).state_dict())
-    shapes = [f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in report["mismatched_keys"]]
-    _refuse(name_or_path, "weights of another shape than the configuration says", shapes)
-    _refuse(name_or_path, "missing weights", set(report["missing_keys"]) & expected)
-    _refuse(name_or_path, "weights that the configuration does not know", set(report["unexpected_keys"]) - expected)
+        expected = {name: tensor.shape for name, tensor in model_class(saved).state_dict().items()}
+    misshapen = [(name, list(shape), list(needed)) for name, shape, needed in report["mismatched_keys"]]
+    overridden = [
+        f"{name} {shape} for {needed}" for name, shape, needed in misshapen if shape == [*expected.get(name, ())]
+    ]
+    if overridden:
+        raise ValueError(
+            f"{name_or_path}: the changed configuration needs weights of another shape: {format_names(overridden)}; of "
+            "the sizes of a saved model only image_size can be changed."
+        )
+    _refuse(
+        name_or_path,
+        "weights of another shape than the configuration says",
+        [f"{name} {shape} for {needed}" for name, shape, needed in misshapen],
+    )
+    _refuse(name_or_path, "missing weights", set(report["missing_keys"]) & set(expected))
+    unknown = set(report["unexpected_keys"]) - set(expected)
+    _refuse(name_or_path, "weights that the configuration does not know", unknown)
     return model, set(report["missing_keys"])
 
 
-def _refuse(name_or_path: str | Path, what: str, names: Iterable[str]) -> None:
+def _refuse(name_or_path: str | Path, fault: str, names: Iterable[str]) -> None:
     names = sorted(names)
     if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ValueError(
-            f"{name_or_path}: {what}: {', '.join(names[:5])}{more}; config.json and the weights are not of one model."
+            f"{name_or_path}: {fault}: {format_names(names)}; config.json and the weights are not of one model."
         )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -26,7 +26,7 @@ from transformers.utils import logging  # noqa: E402
 
 logger = logging.get_logger(__name__)
 
-MERGE_METHODS = ("mlip", "tome", "elip")
+MERGE_METHODS = ("mlip", "ward", "tome", "elip")
 CLIP_VOCABULARY = 49408
 # Vision keys that MLIPConfig also accepts and exposes; the vision config stores them.
 VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers", "frequency_embed_weight")
@@ -110,7 +110,8 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
             gives exactly the tower without merging.
         merge_layers: layers, counted from 0, in which tokens merge between attention and MLP. `None`: three layers
             spread over the depth, see `resolved_merge_layers`.
-        merge_method: `"mlip"` (similarity in both domains, guided by importance), `"tome"` (Bolya et al. 2023,
+        merge_method: `"mlip"` (similarity in both domains, guided by importance), `"ward"` (lowest Ward cost of the
+            hidden states, for towers that were trained without merging), `"tome"` (Bolya et al. 2023,
             arXiv 2210.09461: similarity of attention keys only) or `"elip"` (Guo et al. 2023, arXiv 2309.16738: keeps
             the tokens with the most attention and fuses all others into one).
         merge_caption_weight: fraction of the caption in the state whose attention ranks the tokens; only for `"elip"`,

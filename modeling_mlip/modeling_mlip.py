@@ -57,6 +57,7 @@ from .token_merging import (
     fuse_least_important,
     joint_similarity_features,
     match_tokens,
+    match_tokens_by_cost,
     merge_matrix,
     merge_schedule,
     merge_sizes,
@@ -69,6 +70,8 @@ FREQUENCY_MLP_RATIO = 2
 # Maximum fraction of tokens removed per matching round. At ToMe's fraction, one half, every second token has to merge,
 # even if no other token is similar to it. Recall@1 in single runs: 57.9 at 1/2, 61.0 at 1/4 (docs/results.md).
 MAX_SHARE_PER_ROUND = 0.25
+# Rounds of matching in each merging layer for `merge_method="ward"` (benchmarks/results/training_free_merging.json).
+WARD_ROUNDS = 4
 
 
 # Outputs
@@ -304,7 +307,7 @@ class MLIPVisionAttention(CLIPAttention):
     def _guide(
         self, guide_states: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        queries = self.q_proj(guide_states).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        queries = self.q_proj(guide_states.detach()).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         num_prefix = self.config.num_prefix_tokens
         with maybe_autocast(keys.device.type, enabled=False):
             queries, keys = queries.float(), keys.float()  # (B, h, Q, d), (B, h, S, d)
@@ -365,9 +368,11 @@ class MLIPVisionLayer(CLIPEncoderLayer):
         if guide is not None:
             num_new = sizes.shape[1] - num_removed
             with maybe_autocast(hidden_states.device.type, enabled=False):  # keeps sizes and residuals in float32
-                assignment, weights = self._match(guide, frequency_states, frequency_importance, sizes, num_removed)
-                matrix = merge_matrix(assignment, weights, num_new)
                 prefix, patches = split_prefix(hidden_states, self.config.num_prefix_tokens)
+                assignment, weights = self._match(
+                    patches, guide, frequency_states, frequency_importance, sizes, num_removed
+                )
+                matrix = merge_matrix(assignment, weights, num_new)
                 hidden_states = torch.cat([prefix, merge_tokens(patches, matrix)], dim=1)
                 if frequency_states is not None:
                     frequency_states = merge_tokens(frequency_states, matrix)
@@ -392,6 +397,7 @@ class MLIPVisionLayer(CLIPEncoderLayer):
     @torch.no_grad()
     def _match(
         self,
+        patches: torch.Tensor,
         guide: tuple[torch.Tensor, torch.Tensor],
         frequency_states: torch.Tensor | None,
         frequency_importance: torch.Tensor | None,
@@ -400,6 +406,9 @@ class MLIPVisionLayer(CLIPEncoderLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The assignment `(B, N)`, and the weight `(B, N)` of each token in the mean of its merged token."""
         keys, patch_attention = guide
+        if self.config.merge_method == "ward":
+            features = joint_similarity_features(patches.float())
+            return match_tokens_by_cost(features, sizes, num_removed, WARD_ROUNDS), sizes
         if self.config.merge_method == "elip":
             weights = patch_attention.clamp(min=torch.finfo(torch.float16).tiny)
             return fuse_least_important(patch_attention, num_removed), weights

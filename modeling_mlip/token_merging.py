@@ -91,15 +91,57 @@ def match_tokens(
     return compose(assignment, match_tokens(features, importance, num_removed - num_removed_now, max_share))
 
 
+def match_tokens_by_cost(
+    features: torch.Tensor, sizes: torch.Tensor, num_removed: int, num_rounds: int
+) -> torch.Tensor:
+    """Chooses the tokens to merge by Ward's cost (Ward 1963, doi 10.1080/01621459.1963.10500845).
+
+    Merging tokens i and j increases the sum of squared distances of all patches to the mean of their token by
+    `|f_i - f_j|^2 n_i n_j / (n_i + n_j)`, with the sizes n. So of two equally similar pairs the smaller tokens merge
+    first. Sources, targets and ranks are those of `match_tokens`, with the lowest cost instead of the highest
+    similarity. Several rounds, each removing about the same fraction, accept better pairs than one.
+
+    Args:
+        features: `(B, N, C)`.
+        sizes: `(B, N)`, the number of patches in each token.
+        num_removed: number of tokens to remove, less than N.
+        num_rounds: number of rounds; more where one would have to remove more than half of the tokens.
+
+    Returns:
+        The assignment `(B, N)`, as `match_tokens` returns it.
+    """
+    N = features.shape[1]
+    kept = ((N - num_removed) / N) ** (1 / num_rounds)  # fraction per round
+    num_removed_now = min(max(N - round(N * kept), 1), num_removed, N // 2)
+    squares = features.square().sum(dim=-1)
+    products = features[:, 1::2] @ features[:, 0::2].transpose(1, 2)  # (B, N//2, N - N//2)
+    distances = (squares[:, 1::2, None] + squares[:, None, 0::2] - 2 * products).clamp(min=0)
+    best, partner = (-distances / (1 / sizes[:, 1::2, None] + 1 / sizes[:, None, 0::2])).max(dim=-1)  # (B, N//2) each
+    assignment = _assign_best(best, partner, num_removed_now, N)
+    if num_removed_now == num_removed:
+        return assignment
+    num_left = N - num_removed_now
+    features = merge_tokens(features, merge_matrix(assignment, sizes, num_left))
+    sizes = merge_sizes(sizes, assignment, num_left)
+    rest = match_tokens_by_cost(features, sizes, num_removed - num_removed_now, max(num_rounds - 1, 1))
+    return compose(assignment, rest)
+
+
 def _match_once(features: torch.Tensor, importance: torch.Tensor | None, num_removed: int) -> torch.Tensor:
-    B, N, _ = features.shape
     # Step (1)
     sources, targets = features[:, 1::2], features[:, 0::2]  # (B, N//2, C), (B, N - N//2, C)
     # Step (2)
     similarity, partner = (sources @ targets.transpose(1, 2)).max(dim=-1)  # (B, N//2) each
     # Step (3)
-    place = places(similarity if importance is None else similarity - importance[:, 1::2])  # (B, N//2)
-    position = torch.arange(N, device=features.device)
+    scores = similarity if importance is None else similarity - importance[:, 1::2]
+    return _assign_best(scores, partner, num_removed, features.shape[1])
+
+
+def _assign_best(scores: torch.Tensor, partner: torch.Tensor, num_removed: int, N: int) -> torch.Tensor:
+    """Merges the `num_removed` sources of the highest `scores` `(B, N//2)` into their partners `(B, N//2)`, indices of
+    targets. Returns the assignment `(B, N)`."""
+    B, place = len(scores), places(scores)
+    position = torch.arange(N, device=scores.device)
     target = torch.where(place < num_removed, 2 * partner, position[1::2])  # (B, N//2): a kept source is its own target
     target = position.expand(B, N).scatter(1, position[1::2].expand(B, -1), target)  # (B, N), for all tokens
     new_index = (target == position).long().cumsum(dim=1) - 1  # numbers the kept tokens in order

@@ -7,7 +7,7 @@
 SHARDS=${SHARDS:-cc12m}
 MODEL=${MODEL:-vit-b-32}
 MINI=${MINI:-512}
-torchrun --nproc_per_node 8 -m modeling_mlip.training.command train \
+torchrun --nproc_per_node 8 -m modeling_mlip.hub.cli train \
     --config_name "$MODEL" --merge_ratio 0.5 --tokenizer_name openai/clip-vit-base-patch32 \
     --train_file "$SHARDS/*.tar" --streaming --image_column jpg --caption_column txt \
     --dataloader_num_workers 8 --max_steps 85156 \

@@ -6,7 +6,7 @@
 # The same command starts the run and goes on with it. Estimated cost: docs/training.md.
 SHARDS=${SHARDS:-yfcc15m}
 torchrun --nnodes "${NODES:-4}" --nproc_per_node 8 --rdzv_backend c10d --rdzv_id yfcc15m \
-    --rdzv_endpoint "${HEAD:-localhost}:29500" -m modeling_mlip.training.command train \
+    --rdzv_endpoint "${HEAD:-localhost}:29500" -m modeling_mlip.hub.cli train \
     --config_name vit-b-16 --merge_ratio 0.5 --tokenizer_name openai/clip-vit-base-patch32 \
     --train_file "$SHARDS/*.tar" --streaming --image_column jpg --caption_column txt \
     --dataloader_num_workers 8 --max_steps 57812 \

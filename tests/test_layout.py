@@ -1,8 +1,9 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""The layout that others rely on: imports point one way, and the Hub receives every file that it needs."""
+"""The layout of the project: direction of imports, the files of the Hub, unique names, a test for each source file."""
 
 import ast
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -19,24 +20,51 @@ MAY_IMPORT = {
     "training": {"evaluation", "data", "hub"},
     "conversion": {"hub"},
 }
+SOURCES = ("modeling_mlip", *MAY_IMPORT, "benchmarks")
+SHARED_NAMES = {"main", "__init__"}
 HUB_FILES = {"configuration_mlip.py", "modeling_mlip.py", *PURE}
 
 
 def imports_of(path: Path) -> list[tuple[int, str]]:
-    """(level, module) of every import: level 0 is absolute."""
-    found = []
+    """The (level, module) of every import; level 0 is absolute."""
+    imports = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [(0, alias.name) for alias in node.names]
+            imports += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.level, node.module or ""))
-    return found
+            imports.append((node.level, node.module or ""))
+    return imports
 
 
-def files(folder: str) -> list[Path]:
-    found = sorted((ROOT / folder).rglob("*.py"))
-    assert found, f"{folder} holds no module"
-    return found
+def files(*folders: str) -> list[Path]:
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len({path.relative_to(ROOT).parts[0] for path in paths}) == len(folders), "a folder holds no module"
+    return paths
+
+
+def shared_names(names: list[tuple[str, Path]]) -> dict[str, list[str]]:
+    """The names that occur more than once, with their files."""
+    places = defaultdict(list)
+    for name, path in names:
+        places[name].append(str(path.relative_to(ROOT)))
+    return {name: paths for name, paths in places.items() if len(paths) > 1 and name not in SHARED_NAMES}
+
+
+def is_named_by(path: Path, test: str) -> bool:
+    """Whether a test imports the module, names its file, or names a public function or class that it defines."""
+    stem = re.escape(path.stem)
+    packages = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    package = re.escape(".".join(packages if packages[0] == "modeling_mlip" else ("modeling_mlip", *packages)))
+    dotted = rf"{package}\.{stem}\b"
+    imported = rf"from {package} import [^\n]*\b{stem}\b"
+    public = [
+        node.name
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in SHARED_NAMES and node.name[0] != "_"
+    ]
+    if any(re.search(rf"\b{name}\b", test) for name in public):
+        return True
+    return re.search(rf"{dotted}|{imported}|\b{stem}\.py\b|^from {stem} import", test, re.MULTILINE) is not None
 
 
 @pytest.mark.parametrize("path", files("modeling_mlip"), ids=lambda path: path.name)
@@ -75,13 +103,57 @@ def test_relative_imports_are_of_the_form_that_the_hub_finds(path):
             assert node.level == 1
             assert node.module is not None and "." not in node.module
     written = {module for level, module in imports_of(path) if level}
-    assert set(get_relative_imports(path)) == written  # no docstring line that the regular expression takes for one
+    assert (
+        set(get_relative_imports(path)) == written
+    )  # the Hub's regular expression takes no docstring line for an import
 
 
 def test_a_saved_model_carries_every_file_of_the_model(tmp_path):
     small_model().save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.glob("*.py")} == HUB_FILES
     assert {path.name for path in files("modeling_mlip")} == HUB_FILES | {"__init__.py"}
+
+
+def test_no_two_files_have_the_same_name():
+    """Packages are folders, so only the names of modules count."""
+    assert shared_names([(path.stem, path) for path in files(*SOURCES)]) == {}
+
+
+def test_no_two_functions_or_classes_of_modules_have_the_same_name():
+    names = [
+        (node.name, path)
+        for path in files(*SOURCES)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    ]
+    assert shared_names(names) == {}
+
+
+@pytest.mark.parametrize("path", files(*SOURCES), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_source_file_is_imported_or_named_by_a_test(path):
+    if path.name == "__init__.py":
+        return
+    tests = [test for test in (ROOT / "tests").rglob("*.py") if test != Path(__file__)]
+    assert any(is_named_by(path, test.read_text()) for test in tests), f"no test imports or names {path.name}"
+
+
+@pytest.mark.parametrize("path", files(*SOURCES), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_source_file_begins_with_a_licence_and_a_docstring(path):
+    text = path.read_text()
+    assert text.startswith("# Copyright 2026 The MLIP authors.")
+    assert ast.get_docstring(ast.parse(text)), "no docstring"
+
+
+def test_no_file_names_a_folder_of_one_machine_or_has_a_placeholder():
+    paths = [*files(*SOURCES), *(path for path in (ROOT / "recipes").iterdir()), *ROOT.glob("*.md")]
+    pattern = re.compile(r"(?<![\w.>)}])/(work|tmp|home|root|Users)/|\bTODO\b|\bFIXME\b")
+    matches = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in paths
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert matches == []
 
 
 def test_pyproject_has_three_lines():

@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from modeling_mlip.data.items import StreamedPairDataset, set_epoch
 from modeling_mlip.data.skip_budget import SkipBudget
+from modeling_mlip.hub.atomic_files import flush_entry_to_disk, flush_to_disk
 
 from .objective import Objective
 from .step_guard import StepGuard
@@ -145,11 +146,11 @@ class InterruptibleTrainer(Trainer):
         if self.state.best_model_checkpoint == written:
             self.state.best_model_checkpoint = target
         self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
-        _flush(written)
+        flush_to_disk(written)
         if os.path.isdir(target):  # of a run that was resumed from an older checkpoint
             os.replace(target, os.path.join(unfinished, "replaced"))
         os.replace(written, target)
-        _flush_entry(os.path.dirname(target))
+        flush_entry_to_disk(os.path.dirname(target))
 
     def _remove_old_checkpoints(self, run_dir: str, newest: str) -> None:
         """Removes the oldest checkpoints beyond `save_total_limit`. Each is renamed first, so that an incomplete one is
@@ -176,7 +177,7 @@ class InterruptibleTrainer(Trainer):
         with writing("The model", folder, self.args.should_save):
             super().save_model(str(unfinished), _internal_call=True)
             if self.args.should_save and unfinished.is_dir():
-                _flush(str(unfinished))
+                flush_to_disk(unfinished)
                 # config.json last: a folder that has one then has the weights too.
                 for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
                     os.replace(path, Path(folder) / path.name)
@@ -329,19 +330,3 @@ def writing(what: str, folder: str, clean: bool) -> Iterator[None]:
             f"{what} could not be written to {folder} ({' '.join(str(error).split())}{free}). Free some space, or keep "
             f"fewer checkpoints with --save_total_limit, and {resume}."
         ) from error
-
-
-def _flush(folder: str) -> None:
-    """Waits until the files of a folder are on the disk: a rename may reach it before the content."""
-    for path, _, files in os.walk(folder):
-        for file in files:
-            _flush_entry(os.path.join(path, file))
-        _flush_entry(path)
-
-
-def _flush_entry(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

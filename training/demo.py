@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from modeling_mlip.data.arguments import DataArguments
+from modeling_mlip.data.data_arguments import DataArguments
 from modeling_mlip.data.shapes import ATTRIBUTES, PROMPTS
 from modeling_mlip.data.sources import load_pairs
 from modeling_mlip.evaluation import Retrieval, ZeroShot

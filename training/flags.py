@@ -11,7 +11,7 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_mlip import MLIPConfig, MLIPVisionConfig
-from modeling_mlip.data.arguments import DataArguments
+from modeling_mlip.data.data_arguments import DataArguments
 from modeling_mlip.hub.configurations import MODEL_FIELDS, VISION_FIELDS
 
 from .arguments import MLIPTrainingArguments, ModelArguments

@@ -30,7 +30,7 @@ def build_config(
             f"Got model_name_or_path={model_name_or_path!r} and config_name={config_name!r}: give one of them, a model "
             "to start from or a configuration to train from scratch."
         )
-    config = pretrained_config(model_name_or_path) if config_name is None else named_config(config_name)
+    config = named_config(config_name) if config_name is not None else pretrained_config(str(model_name_or_path))
     return override_config(config, overrides) if overrides else config
 
 

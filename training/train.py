@@ -17,8 +17,8 @@ from transformers import CLIPProcessor, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_mlip import MLIPConfig
-from modeling_mlip.data.arguments import DataArguments
 from modeling_mlip.data.columns import find_columns, iterate_captions
+from modeling_mlip.data.data_arguments import DataArguments
 from modeling_mlip.data.items import build_pairs
 from modeling_mlip.data.sources import load_pairs
 from modeling_mlip.evaluation.tasks.retrieval import retrieval_results

@@ -1,9 +1,12 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Tables and figures of the study, from its results: `python benchmarks/study/figures.py` prints and draws them all."""
+"""Print the tables of the study and draw its figures, from the files in `benchmarks/study/results`.
 
+python benchmarks/study/figures.py
+"""
+
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +14,41 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from run import steps_of
+from study_data import StudyData, read_study_data
 
 from modeling_mlip.hub.formatting import format_table
 
-sys.path.insert(0, str(Path(__file__).parent))
-from run import steps_of  # noqa: E402
-
 FOLDER = Path(__file__).parent
 IMAGES = FOLDER.parent.parent / "docs" / "images"
-# What the figure and the table over merge ratios show; shapes are learned by no arm, colours by all.
-MEASURES = {
-    "noto-emoji": ("recall@1", "recall@1, mean of both directions"),
-    "shapes": ("texture_accuracy", "textures told"),
-}
 SHOWN = (
-    *("text_to_image_recall@1", "image_to_text_recall@1", "recall@1"),
+    *("text_to_image_recall@1", "image_to_text_recall@1", "recall@1", "mean_recall"),
     *("colour_accuracy", "texture_accuracy", "shape_accuracy"),
 )
 
 
 def mean_and_spread(values: list[float]) -> str:
+    """Mean and standard deviation as text."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def arms_of(record: dict[str, Any], equal: str) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each arm with the steps that `run.py` gives it, see there."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def runs_by_arm(record: dict[str, Any], equal: str) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each arm with the number of steps that `run.steps_of` gives for "steps", "compute" or "short"."""
+    runs_of: dict[str, list[dict[str, Any]]] = {}
     for arm in record["arms"]:
-        wanted = steps_of(record, arm, equal)
-        runs = [run for run in record["runs"] if run["arm"] == arm and run["steps"] == wanted]
+        steps = steps_of(record, arm, equal)
+        runs = [run for run in record["runs"] if run["arm"] == arm and run["steps"] == steps]
         if runs:
-            found[arm] = sorted(runs, key=lambda run: run["seed"])
-    return found
+            runs_of[arm] = sorted(runs, key=lambda run: run["seed"])
+    return runs_of
 
 
-def table(record: dict[str, Any], equal: str) -> list[dict[str, Any]]:
+def metrics_table(record: dict[str, Any], equal: str) -> list[dict[str, Any]]:
+    """One row for each arm: steps, step time, and the mean and standard deviation of each metric over seeds."""
     rows = []
-    for arm, runs in arms_of(record, equal).items():
+    for arm, runs in runs_by_arm(record, equal).items():
         row: dict[str, Any] = {"": arm, "seeds": len(runs), "steps": runs[0]["steps"]}
         row["step time / CLIP's"] = record["step_seconds"][arm] / record["step_seconds"]["CLIP"]
         for name in SHOWN:
@@ -58,73 +58,95 @@ def table(record: dict[str, Any], equal: str) -> list[dict[str, Any]]:
     return rows
 
 
-def ratio_table(record: dict[str, Any], measure: str) -> list[dict[str, Any]]:
-    """Accuracy of MLIP arms, trained for CLIP's time, at merge ratios chosen after training."""
+def ratio_table(record: dict[str, Any], metric: str) -> list[dict[str, Any]]:
+    """A metric of MLIP arms, trained for CLIP's time, at merge ratios set after training."""
     rows = []
-    for arm, runs in arms_of(record, "compute").items():
-        ratios = [ratio for ratio in runs[0]["at_ratio"] if ratio != "trained"]
+    for arm, runs in runs_by_arm(record, "compute").items():
+        ratios = changed_ratios(runs)
         if ratios:
-            values = {ratio: mean_and_spread([run["at_ratio"][ratio][measure] for run in runs]) for ratio in ratios}
+            values = {ratio: mean_and_spread([run["at_ratio"][ratio][metric] for run in runs]) for ratio in ratios}
             rows.append({"trained as": arm, **{f"at {ratio}": value for ratio, value in values.items()}})
     return rows
 
 
-def weight_table(record: dict[str, Any], measure: str) -> list[dict[str, Any]]:
-    """Accuracy, trained for CLIP's time, for what the frequency embedding counts in that of an image."""
+def changed_ratios(runs: list[dict[str, Any]]) -> list[str]:
+    """The merge ratios that the runs of an arm were evaluated at; empty if only at that of training."""
+    return [ratio for ratio in runs[0]["at_ratio"] if ratio != "trained"]
+
+
+def weight_table(record: dict[str, Any], metric: str) -> list[dict[str, Any]]:
+    """A metric of all arms, trained for CLIP's time, at values of `frequency_embed_weight` set after training."""
     rows = []
-    for arm, runs in arms_of(record, "compute").items():
+    for arm, runs in runs_by_arm(record, "compute").items():
         if weights := runs[0].get("at_embed_weight"):
-            values = {weight: [run["at_embed_weight"][weight][measure] for run in runs] for weight in weights}
+            values = {weight: [run["at_embed_weight"][weight][metric] for run in runs] for weight in weights}
             rows.append({"": arm, **{f"weight {weight}": mean_and_spread(each) for weight, each in values.items()}})
     return rows
 
 
-def draw(record: dict[str, Any], name: str) -> Path:
-    """Left, every run at equal compute; right, accuracy over the merge ratio chosen after training."""
-    measure, label = MEASURES[name]
+def draw_study(record: dict[str, Any], data: StudyData, folder: Path) -> Path:
+    """Draw every run at equal compute on the left, and the metric over the merge ratio on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=[1.4, 1], layout="constrained")
-    compute = arms_of(record, "compute")
-    for place, (arm, runs) in enumerate(reversed(compute.items())):
-        values = [run[measure] for run in runs]
-        colour = "tab:orange" if arm.startswith("MLIP") else "tab:blue"
-        left.plot(statistics.mean(values), place, "|", color=colour, markersize=24, markeredgewidth=2)
-        left.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=7)
-    left.set_yticks(range(len(compute)), list(reversed(compute)))
-    left.grid(axis="y", alpha=0.3)
-    left.set_xlabel(f"{label}, % (a point for each seed, a line at their mean)")
-    left.set_title(f"{name}: the same training compute")
-    for row, (arm, runs) in enumerate(compute.items()):
-        ratios = [ratio for ratio in runs[0]["at_ratio"] if ratio != "trained"]
-        if ratios:
-            means = [statistics.mean(run["at_ratio"][ratio][measure] for run in runs) for ratio in ratios]
-            style = {"MLIP": "MLIP (trained at 0.5)", "MLIP, no merging": "MLIP (trained without merging)"}
-            right.plot([float(ratio) for ratio in ratios], means, "o-", label=style.get(arm, arm), color=f"C{row}")
-    right.set_xlabel("merge ratio at inference")
-    right.set_ylabel(f"{label}, %")
-    right.set_title("the ratio changed after training")
-    right.legend(fontsize=8)
-    IMAGES.mkdir(exist_ok=True)
-    path = IMAGES / f"study_{name}.png"
+    runs_of = runs_by_arm(record, "compute")
+    draw_arms(left, runs_of, data)
+    draw_ratios(right, runs_of, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"study_{data.name}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
 
-def main() -> None:
-    for results in sorted((FOLDER / "results").glob("*.json")):
-        record = json.loads(results.read_text())
-        print(f"# {results.stem}: {record['machine']}\n")
-        for equal, title in (
-            ("compute", "Equal compute"),
-            ("steps", "Equal steps"),
-            ("short", "60 % of CLIP's compute"),
-        ):
-            if rows := table(record, equal):
-                print(f"{title}:\n{format_table(rows)}\n")
-        measure, label = MEASURES[results.stem]
-        print(f"At other merge ratios than in training, {label}:\n{format_table(ratio_table(record, measure))}\n")
-        print(f"By frequency_embed_weight, {label}:\n{format_table(weight_table(record, measure))}\n")
-        print(f"drawn: {draw(record, results.stem)}\n")
+def draw_arms(axes: Axes, runs_of: dict[str, list[dict[str, Any]]], data: StudyData) -> None:
+    for place, (arm, runs) in enumerate(reversed(runs_of.items())):
+        values = [run[data.metric] for run in runs]
+        colour = "tab:orange" if arm.startswith("MLIP") else "tab:blue"
+        axes.plot(statistics.mean(values), place, "|", color=colour, markersize=24, markeredgewidth=2)
+        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=7)
+    axes.set_yticks(range(len(runs_of)), list(reversed(runs_of)))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_xlabel(f"{data.metric_label}, % (point: one seed, line: mean)")
+    axes.set_title(f"{data.name}: equal training compute")
+
+
+def draw_ratios(axes: Axes, runs_of: dict[str, list[dict[str, Any]]], data: StudyData) -> None:
+    labels = {"MLIP": "MLIP (trained at 0.5)", "MLIP, no merging": "MLIP (trained without merging)"}
+    for row, (arm, runs) in enumerate(runs_of.items()):
+        ratios = changed_ratios(runs)
+        if ratios:
+            means = [statistics.mean(run["at_ratio"][ratio][data.metric] for run in runs) for ratio in ratios]
+            axes.plot([float(ratio) for ratio in ratios], means, "o-", label=labels.get(arm, arm), color=f"C{row}")
+    axes.set_xlabel("merge ratio at inference")
+    axes.set_ylabel(f"{data.metric_label}, %")
+    axes.set_title("merge ratio set after training")
+    if axes.lines:
+        axes.legend(fontsize=8)
+
+
+def print_study(record: dict[str, Any], data: StudyData) -> None:
+    print(f"# {data.name}: {record['machine']}\n")
+    titles = {"compute": "Equal compute", "steps": "Equal steps", "short": "60 % of CLIP's compute"}
+    for equal, title in titles.items():
+        if rows := metrics_table(record, equal):
+            print(f"{title}:\n{format_table(rows)}\n")
+    for title, rows in (
+        ("Merge ratio set after training", ratio_table(record, data.metric)),
+        ("frequency_embed_weight set after training", weight_table(record, data.metric)),
+    ):
+        if rows:
+            print(f"{title}, {data.metric_label}:\n{format_table(rows)}\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=FOLDER / "results", help="Folder of the result files.")
+    parser.add_argument("--output_dir", type=Path, default=IMAGES, help="Folder for the figures.")
+    flags = parser.parse_args(arguments)
+    for path in sorted(flags.results.glob("*.json")):
+        record = json.loads(path.read_text())
+        data = read_study_data(path.stem)
+        print_study(record, data)
+        print(f"Figure written to {draw_study(record, data, flags.output_dir)}\n")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,171 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""benchmarks/study: what it holds out, and how long each arm trains."""
+"""benchmarks/study: data sets described in files, the validation split, the steps of each arm, and interrupted runs."""
 
+import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PILImage
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "study"))
-from run import ARMS, carry_out, fresh_split, steps_of  # noqa: E402
+from modeling_mlip.data.shapes import PROMPTS
+
+STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
+sys.path.insert(0, str(STUDY))
+from run import (  # noqa: E402
+    ARMS,
+    do_runs,
+    evaluate_settings,
+    mean_recalls,
+    missing_runs,
+    start_record,
+    steps_of,
+    train_arm,
+)
+from study_data import InMemoryPairs, draw_validation_split, load_study_data, read_study_data  # noqa: E402
 
 
-def test_what_is_held_out_was_training_data_and_shares_every_word_with_what_is_left():
+@pytest.fixture
+def described(tmp_path) -> Path:
+    """A description file, and parquet files of 12 and 6 images of 80 x 70 pixels with two captions each."""
+    features = Features({"picture": Image(), "texts": List(Value("string"))})
+    words = ["red", "green", "blue", "small", "large", "round"]
+    for split, count in (("train", 12), ("validation", 6)):
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 80, 70, 3), dtype=np.uint8)
+        columns = {
+            "picture": [PILImage.fromarray(each) for each in pixels],
+            "texts": [[f"a {words[i % 6]} ball", f"one ball of number {i}"] for i in range(count)],
+        }
+        Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    files = {f"{split}_file": str(tmp_path / f"{split}.parquet") for split in ("train", "validation")}
+    description = {
+        "source": {**files, "image_column": "picture", "caption_column": "texts"},
+        **dict(batch=4, learning_rate=1e-3, steps=5, shift=0.1, scale=0.1, colour=0.1),
+        **dict(image_size=32, recall_at=[1, 5], metric="mean_recall", metric_label="mean recall"),
+    }
+    path = tmp_path / "balls.json"
+    path.write_text(json.dumps(description))
+    return path
+
+
+@pytest.mark.parametrize("name", ["noto-emoji", "shapes"])
+def test_the_committed_results_resume_with_the_committed_descriptions(name):
+    record = json.loads((STUDY / "results" / f"{name}.json").read_text())
+    data = read_study_data(name)
+    assert data.record() == record["data"]
+    assert start_record(STUDY / "results" / f"{name}.json", data, bf16=True) == record
+    flags = argparse.Namespace(equal=["compute"], seeds=[0], arms=["CLIP", "MLIP"])
+    assert missing_runs(record, flags) == []
+
+
+def test_the_shapes_are_evaluated_with_the_prompts_of_the_package():
+    assert read_study_data("shapes").zero_shot == PROMPTS
+
+
+def test_every_description_in_the_study_folder_is_valid():
+    paths = sorted((STUDY / "data").glob("*.json"))
+    assert {path.stem for path in paths} >= {"noto-emoji", "shapes", "flickr8k"}
+    for path in paths:
+        assert read_study_data(path.stem) == read_study_data(str(path))
+    flickr = read_study_data("flickr8k", train_file="a.parquet", validation_file="b.parquet")
+    assert flickr.source == {
+        **{"image_column": "image", "caption_column": "captions"},
+        **{"train_file": "a.parquet", "validation_file": "b.parquet"},
+    }
+    assert (flickr.metric, flickr.record()["recall_at"]) == ("mean_recall", [1, 5, 10])
+
+
+def test_a_data_set_file_needs_no_code(described):
+    data = read_study_data(str(described))
+    loaded = load_study_data(data)
+    images, captions = loaded["validation"]
+    assert images.shape == (6, 3, 32, 32) and images.dtype == torch.uint8
+    assert captions[1] == ["a green ball", "one ball of number 1"]
+    run = train_arm(data, "CLIP", seed=0, steps=1, bf16=False)
+    assert (run["arm"], run["seed"], run["steps"]) == ("CLIP", 0, 1)
+    assert run["at_ratio"]["trained"]["mean_recall"] == run["mean_recall"]
+    recalls = [run[f"{way}_recall@{k}"] for way in ("text_to_image", "image_to_text") for k in (1, 5)]
+    assert run["mean_recall"] == pytest.approx(sum(recalls) / 4, abs=0.01)
+    assert run["image_to_text_recall@5"] >= run["image_to_text_recall@1"]
+
+
+def test_files_from_the_command_line_replace_those_of_the_description(described, tmp_path):
+    data = read_study_data(str(described), validation_file=str(tmp_path / "train.parquet"))
+    assert len(load_study_data(data)["validation"][0]) == 12
+    shapes = read_study_data("shapes", train_file="mine.parquet")
+    assert shapes.source == {"train_file": "mine.parquet"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 3}, "stepz"),
+        ({"recall_at": [2]}, "recall_at=.2.; choose from 1, 5, 10"),
+        ({"batch": None}, "lacks the fields .'batch'."),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(described, change, message):
+    description = json.loads(described.read_text()) | change
+    described.write_text(json.dumps({name: value for name, value in description.items() if value is not None}))
+    with pytest.raises(ValueError, match=message):
+        read_study_data(str(described))
+
+
+def test_an_unknown_data_set_and_a_missing_source_are_refused():
+    with pytest.raises(ValueError, match="data='emoji' is unknown; choose one of flickr8k, noto-emoji, shapes"):
+        read_study_data("emoji")
+    with pytest.raises(ValueError, match="names no source"):
+        load_study_data(read_study_data("noto-emoji"))
+
+
+def test_each_caption_of_an_image_is_drawn_and_one_caption_draws_no_random_number(described):
+    data = read_study_data(str(described))
+    images, captions = load_study_data(data)["train"]
+    pairs = InMemoryPairs(images, captions, data)
+    torch.manual_seed(0)
+    drawn = {pairs.__getitems__([3])[0]["captions"][0] for _ in range(30)}
+    assert drawn == set(captions[3])
+    torch.manual_seed(0)
+    InMemoryPairs(images, [each[:1] for each in captions], data).__getitems__([3, 4])
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.rand(5, 2)  # the amounts of augmentation
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_recall_is_averaged_over_copies_and_directions():
+    names = [f"{way}_recall@{k}" for k in (1, 5) for way in ("text_to_image", "image_to_text")]
+    recalls = [dict(zip(names, values, strict=True)) for values in ((10, 20, 30, 40), (20, 30, 40, 70))]
+    assert mean_recalls(recalls, (1,)) == {names[0]: 15, names[1]: 25, "recall@1": 20}
+    assert mean_recalls(recalls, (1, 5))["mean_recall"] == (20 + 45) / 2
+
+
+def test_a_run_keeps_the_metrics_at_every_ratio_and_weight():
+    class Model:
+        config = argparse.Namespace(merge_ratio=0.5, frequency_embed_weight=0.5)
+
+        def set_merge_ratio(self, ratio):
+            self.config.merge_ratio = ratio
+
+    def measure() -> dict[str, float]:
+        return {"recall@1": 100 * Model.config.merge_ratio + Model.config.frequency_embed_weight}
+
+    metrics = evaluate_settings("MLIP", Model(), measure)
+    assert metrics["recall@1"] == 50.5
+    assert {ratio: value["recall@1"] for ratio, value in metrics["at_ratio"].items()} == {
+        **{"0": 0.5, "0.3": 30.5, "0.5": 50.5, "0.7": 70.5},
+    }
+    assert {weight: value["recall@1"] for weight, value in metrics["at_embed_weight"].items()} == {
+        **{"0": 50, "0.25": 50.25, "0.5": 50.5, "1": 51},
+    }
+
+
+def test_drawn_validation_pairs_were_training_pairs_and_share_every_word_with_the_training_pairs():
     hands = [
         f"{sign} hand {tone} skin" for sign in ("waving", "raised", "folded") for tone in ("light", "dark", "medium")
     ]
@@ -22,13 +174,13 @@ def test_what_is_held_out_was_training_data_and_shares_every_word_with_what_is_l
     splits = DatasetDict(
         train=Dataset.from_dict({"caption": train}), validation=Dataset.from_dict({"caption": published})
     )
-    found = fresh_split(splits)
-    held_out, rest = found["validation"]["caption"], found["train"]["caption"]
-    assert len(held_out) == 2 and not set(held_out) & set(published)
-    assert sorted([*held_out, *rest]) == sorted([*train, *published])
-    known = {word for caption in rest for word in caption.lower().split()}
-    assert all(word in known for caption in held_out for word in caption.lower().split())
-    assert fresh_split(splits)["validation"]["caption"] == held_out  # the same for every arm and seed
+    new_splits = draw_validation_split(splits)
+    drawn, kept = new_splits["validation"]["caption"], new_splits["train"]["caption"]
+    assert len(drawn) == 2 and not set(drawn) & set(published)
+    assert sorted([*drawn, *kept]) == sorted([*train, *published])
+    known = {word for caption in kept for word in caption.lower().split()}
+    assert all(word in known for caption in drawn for word in caption.lower().split())
+    assert draw_validation_split(splits)["validation"]["caption"] == drawn  # the same for every arm and seed
 
 
 def test_words_that_occur_once_stay_in_training():
@@ -36,29 +188,36 @@ def test_words_that_occur_once_stay_in_training():
         train=Dataset.from_dict({"caption": ["one two", "two three", "three four", "two three"]}),
         validation=Dataset.from_dict({"caption": ["two", "three"]}),
     )
-    assert fresh_split(splits)["validation"]["caption"] == ["two three", "two three"]
+    assert draw_validation_split(splits)["validation"]["caption"] == ["two three", "two three"]
 
 
-def test_equal_compute_buys_more_of_the_cheaper_steps():
+def test_equal_compute_gives_more_steps_to_an_arm_with_cheaper_steps():
     record = {"step_seconds": {"CLIP": 2.0, "MLIP": 0.8}, "data": {"steps": 100}}
     steps = {equal: steps_of(record, "MLIP", equal) for equal in ("steps", "compute", "short")}
     assert steps == {"steps": 100, "compute": 250, "short": 150}
     assert "CLIP" in ARMS and steps_of(record, "CLIP", "compute") == 100
 
 
-def test_a_run_that_fails_costs_none_that_finished(tmp_path):
+def test_other_settings_than_those_of_the_result_file_are_refused(described, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"arms": ARMS, "data": {"batch": 5}, "runs": []}))
+    with pytest.raises(SystemExit, match="holds runs with other settings"):
+        start_record(path, read_study_data(str(described)), bf16=True)
+
+
+def test_a_failed_run_stops_new_runs_and_finished_runs_are_written(tmp_path):
     started = []
 
-    def start(run: tuple) -> dict:
+    def start_run(run: tuple) -> dict:
         started.append(run)
         if run == ("CLIP", 1, 5):
             raise RuntimeError("no more memory")
-        time.sleep(0.3 * (run[1] > 1))  # the next is on its way by then
+        time.sleep(0.3 * (run[1] > 1))  # the next run has started by then
         return {"arm": run[0], "seed": run[1]}
 
     path, record = tmp_path / "results.json", {"runs": []}
-    waiting = [("CLIP", seed, 5) for seed in range(6)]
+    runs = [("CLIP", seed, 5) for seed in range(6)]
     with pytest.raises(RuntimeError, match="no more memory"):
-        carry_out(start, waiting, 1, record, path)
-    kept = [run["seed"] for run in json.loads(path.read_text())["runs"]]
-    assert 0 in kept and 1 not in kept and len(started) < 6
+        do_runs(start_run, runs, 1, record, path)
+    written = [run["seed"] for run in json.loads(path.read_text())["runs"]]
+    assert 0 in written and 1 not in written and len(started) < 6

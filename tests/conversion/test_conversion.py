@@ -15,8 +15,9 @@ from transformers import AutoModel, AutoProcessor, CLIPModel
 from modeling_mlip import MLIPConfig, MLIPModel
 from modeling_mlip.conversion import open_clip_configurations as configs
 from modeling_mlip.conversion import parity, tables
-from modeling_mlip.conversion.checkpoints import convert, convert_checkpoint, export_checkpoint
+from modeling_mlip.conversion.checkpoints import convert, convert_checkpoint
 from modeling_mlip.conversion.convert import main
+from modeling_mlip.conversion.export import export_checkpoint
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -157,7 +158,7 @@ def test_a_used_frequency_stage_is_dropped_only_on_request(tmp_path, use):
         ours.vision_model.frequency.gate.data += 0.1
     else:
         ours.config.frequency_embed_weight = 0.5
-    with pytest.raises(ValueError, match="--drop-frequency"):
+    with pytest.raises(ValueError, match="drop_frequency"):
         export_checkpoint(ours, processor, tmp_path / "back", format="clip")
     assert not (tmp_path / "back").exists()
     notes = export_checkpoint(ours, processor, tmp_path / "back", format="clip", drop_frequency=True)
@@ -204,9 +205,9 @@ def test_an_mlip_folder_is_read_strictly(tmp_path):
 
 def test_unknown_override_is_named(tmp_path):
     source, _ = clip_folder(tmp_path / "clip")
-    with pytest.raises(ValueError, match=r"merge_rate=0\.5 is no key"):
+    with pytest.raises(ValueError, match=r"merge_rate=0\.5: not a key"):
         convert_checkpoint(source, merge_rate=0.5)
-    with pytest.raises(ValueError, match=r"merge_ratio=1\.5 is not a share"):
+    with pytest.raises(ValueError, match=r"merge_ratio=1\.5 is not a fraction"):
         convert_checkpoint(source, merge_ratio=1.5)
 
 

@@ -11,8 +11,8 @@ from data_cases import encoded, image_dataset, picture, write_jsonl, write_tar
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from modeling_mlip.data.arguments import DataArguments
 from modeling_mlip.data.columns import find_columns, get_cell
+from modeling_mlip.data.data_arguments import DataArguments
 from modeling_mlip.data.items import PairDataset, StreamedPairDataset
 from modeling_mlip.data.shapes import shapes_dataset
 from modeling_mlip.data.sources import load_pairs, load_splits

@@ -1,7 +1,7 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""What is saved loads anywhere, what is pushed arrives whole, and what is damaged is refused in one line.
+"""Saved folders load without the package, pushed folders arrive complete, and damaged folders are refused.
 
-"Where this package is absent" is a fresh process whose path holds all that is installed here but this package.
+"Without the package" is a new process that can import everything that is installed here except this package.
 """
 
 import json
@@ -26,11 +26,12 @@ import modeling_mlip
 from modeling_mlip import MLIPConfig, MLIPModel, MLIPTextConfig, MLIPVisionConfig
 from modeling_mlip.data.caption_tokenizer import train_tokenizer
 from modeling_mlip.data.shapes import shapes_dataset
-from modeling_mlip.hub import without_package as reload
+from modeling_mlip.hub import without_package
 from modeling_mlip.hub.cli import main as mlip
 from modeling_mlip.hub.loading import load_pretrained, load_saved
 from modeling_mlip.hub.model_card import write_model_card
-from modeling_mlip.hub.push import examine
+from modeling_mlip.hub.results import Result
+from modeling_mlip.hub.verification import verify_folder
 
 ROOT = Path(__file__).parents[2]
 CLASSES = [
@@ -39,26 +40,26 @@ CLASSES = [
     if "Config" not in name and name != "MLIPPreTrainedModel"
 ]
 
-# Loads every folder of ROOT by every Auto class, notes what came, and saves what it loaded to AGAIN.
-STRANGER = """
+# Loads every folder with the Auto classes, writes the outputs to a file, and saves the models again.
+LOAD_AND_SAVE = """
 import importlib.util, json, sys
 from pathlib import Path
 import torch, transformers
 from safetensors.torch import save_file
 
 assert importlib.util.find_spec("modeling_mlip") is None
-sys.path.insert(0, {reload_folder!r})
-from reload import load_as_stranger, observe
+sys.path.insert(0, {script_folder!r})
+from without_package import collect_outputs, load_without_package
 
 folders, seen, again = json.loads(sys.argv[1]), {{}}, sys.argv[2]
 for name, folder in folders.items():
     if Path(folder).is_dir():
-        model, processor = load_as_stranger(folder)
+        model, processor = load_without_package(folder)
     else:  # a Hub id
         model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
         processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
-    seen |= {{f"{{name}} {{key}}": value for key, value in observe(model, processor).items()}}
+    seen |= {{f"{{name}} {{key}}": value for key, value in collect_outputs(model, processor).items()}}
     if again:
         model.save_pretrained(f"{{again}}/{{name}}")
     if name != "MLIPModel":
@@ -93,7 +94,7 @@ def saved(tmp_path_factory) -> dict[str, str]:
     CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(root / "MLIPModel")
     write_model_card(
         root / "MLIPModel",
-        metrics={"eval_text_to_image_recall@1": 61.2},
+        results=[Result("retrieval", "recall", 1, 61.2, prefix="text_to_image")],
         config=whole.config,
         dataset="owner/pairs",
         base_model=None,
@@ -116,7 +117,7 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def site_without_us(tmp_path_factory) -> str:
+def site_without_package(tmp_path_factory) -> str:
     """A folder to import from: all that is installed here but this package."""
     folder = tmp_path_factory.mktemp("site")
     for site in [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]:
@@ -138,18 +139,22 @@ def run(arguments: list[str], cwd: Path, hub=None, fails: bool = False, **enviro
     return done.stdout
 
 
-def run_stranger(folders: dict[str, str], cwd: Path, site: str, again: str = "", hub=None) -> dict[str, torch.Tensor]:
-    script = STRANGER.format(reload_folder=str(cwd / "alone"))
+def run_without_package(
+    folders: dict[str, str], cwd: Path, site: str, again: str = "", hub=None
+) -> dict[str, torch.Tensor]:
+    script = LOAD_AND_SAVE.format(script_folder=str(cwd / "alone"))
     (cwd / "alone").mkdir(exist_ok=True)  # alone: beside it lie files that would be found first
-    shutil.copy(reload.__file__, cwd / "alone")
+    shutil.copy(without_package.__file__, cwd / "alone")
     out = str(cwd / "seen.safetensors")
     run(["-S", "-P", "-c", script, json.dumps(folders), again, out], cwd, hub, PYTHONPATH=site)
     return load_file(out)
 
 
-def observed(folder: str) -> dict[str, torch.Tensor]:
-    has_processor = (Path(folder) / reload.PROCESSOR_CONFIG).is_file()
-    return reload.observe(load_saved(folder), AutoProcessor.from_pretrained(folder) if has_processor else None)
+def outputs_of(folder: str) -> dict[str, torch.Tensor]:
+    has_processor = (Path(folder) / without_package.PROCESSOR_CONFIG).is_file()
+    return without_package.collect_outputs(
+        load_saved(folder), AutoProcessor.from_pretrained(folder) if has_processor else None
+    )
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -160,27 +165,27 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # Without this package
 
 
-def test_every_class_comes_back_to_the_bit_where_the_package_is_absent_and_after_a_second_save(
-    saved, site_without_us, tmp_path
+def test_every_class_loads_bit_for_bit_without_the_package_and_after_a_second_save(
+    saved, site_without_package, tmp_path
 ):
-    expected = {f"{name} {key}": value for name, folder in saved.items() for key, value in observed(folder).items()}
+    expected = {f"{name} {key}": value for name, folder in saved.items() for key, value in outputs_of(folder).items()}
     assert len(saved) == 6 and sum("output" in name for name in expected) > 12
-    first = run_stranger(saved, tmp_path, site_without_us, again=str(tmp_path / "again"))
+    first = run_without_package(saved, tmp_path, site_without_package, again=str(tmp_path / "again"))
     assert_equal(first, expected)
     again = {name: str(tmp_path / "again" / name) for name in saved}
     shutil.rmtree(tmp_path / "cache")
-    assert_equal(run_stranger(again, tmp_path, site_without_us), expected)
+    assert_equal(run_without_package(again, tmp_path, site_without_package), expected)
     for name, folder in again.items():
         for config in (json.load(open(f"{folder}/config.json")), json.load(open(f"{saved[name]}/config.json"))):
             assert not any("--" in reference for reference in config["auto_map"].values())
             assert set(config["auto_map"]) >= {"AutoConfig", "AutoModel"}
     # and here, without the flag
-    assert_equal({f"MLIPModel {key}": value for key, value in observed(again["MLIPModel"]).items()},
+    assert_equal({f"MLIPModel {key}": value for key, value in outputs_of(again["MLIPModel"]).items()},
                  {name: value for name, value in expected.items() if name.startswith("MLIPModel ")})  # fmt: skip
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_auto_classes_make_the_same_of_a_folder_here_as_where_the_package_is_absent(model_class, saved):
+def test_auto_classes_load_the_same_class_with_and_without_the_package(model_class, saved):
     config = json.load(open(f"{saved[model_class.__name__]}/config.json"))
     for name, reference in config["auto_map"].items():
         made = getattr(transformers, name).from_pretrained(saved[model_class.__name__])
@@ -190,7 +195,7 @@ def test_auto_classes_make_the_same_of_a_folder_here_as_where_the_package_is_abs
 # Over HTTP
 
 
-def test_push_to_hub_of_model_and_processor_and_back_by_its_id(saved, hub, site_without_us, tmp_path):
+def test_push_to_hub_of_model_and_processor_and_back_by_its_id(saved, hub, site_without_package, tmp_path):
     script = """
 import sys
 from modeling_mlip import MLIPModel
@@ -200,17 +205,19 @@ AutoProcessor.from_pretrained(sys.argv[1]).push_to_hub("ada/pushed", private=Tru
 """
     run(["-c", script, saved["MLIPModel"]], tmp_path, hub)
     assert ("PUT", f"lfs/{hub.tree('ada/pushed')['model.safetensors'].resolve().name}") in hub.requests
-    seen = run_stranger({"MLIPModel": "ada/pushed"}, tmp_path, site_without_us, again=str(tmp_path / "again"), hub=hub)
-    expected = {f"MLIPModel {key}": value for key, value in observed(saved["MLIPModel"]).items()}
-    assert_equal(seen, expected)
+    loaded = run_without_package(
+        {"MLIPModel": "ada/pushed"}, tmp_path, site_without_package, again=str(tmp_path / "again"), hub=hub
+    )
+    expected = {f"MLIPModel {key}": value for key, value in outputs_of(saved["MLIPModel"]).items()}
+    assert_equal(loaded, expected)
     assert ("GET", "ada/pushed/resolve/" + hub.info("ada/pushed")["sha"] + "/modeling_mlip.py") in hub.requests
     # The second save stands alone: no reference back to the Hub, and all the code.
     config = json.load(open(tmp_path / "again" / "MLIPModel" / "config.json"))
     assert not any("--" in reference for reference in config["auto_map"].values())
-    assert "equal to the bit" in examine(str(tmp_path / "again" / "MLIPModel"))
+    assert "equal to the bit" in verify_folder(str(tmp_path / "again" / "MLIPModel"))
 
 
-def test_mlip_push_sends_the_folder_and_leaves_pickles_at_home(copy, hub, tmp_path):
+def test_mlip_push_uploads_the_folder_without_pickles(copy, hub, tmp_path):
     (copy / "checkpoint-2").mkdir()
     for name in ("checkpoint-2/optimizer.pt", "training_args.bin"):
         (copy / name).write_bytes(b"a pickle")
@@ -235,7 +242,7 @@ def test_an_interrupted_upload_goes_on_and_refusals_say_why(saved, hub, tmp_path
     script = f"""
 import os, sys
 import huggingface_hub
-from modeling_mlip.training.push import push
+from modeling_mlip.hub.push import push
 def attempt(repo, private=False):
     try:
         print("URL", push("sharded", repo, private))
@@ -270,7 +277,7 @@ attempt("ada/large")
     assert max(sent.count(f"lfs/{oid}") for oid in oids) == 2
 
 
-def test_training_pushes_its_own_card_and_code_with_every_commit(hub, site_without_us, tmp_path):
+def test_training_pushes_its_own_card_and_code_with_every_commit(hub, site_without_package, tmp_path):
     flags = [
         "--dataset_name",
         "shapes",
@@ -299,8 +306,9 @@ def test_training_pushes_its_own_card_and_code_with_every_commit(hub, site_witho
     Image.linear_gradient("L").convert("RGB").save(tmp_path / "picture.png")
     blocks = re.findall(r"```python\n(.*?)```", tree["README.md"].read_text(), flags=re.DOTALL)
     assert len(blocks) == 2
-    printed = run(["-S", "-P", "-c", "".join(blocks) + "\nprint(probabilities.shape, model.config.merge_ratio)"],
-                  tmp_path, hub, PYTHONPATH=site_without_us)  # fmt: skip
+    code = "".join(blocks).replace("path/to/run", "ada/trained")  # the reader's place of the model
+    printed = run(["-S", "-P", "-c", code + "\nprint(probabilities.shape, model.config.merge_ratio)"],
+                  tmp_path, hub, PYTHONPATH=site_without_package)  # fmt: skip
     assert "torch.Size([1, 2]) 0.5" in printed
     # Refused before the first step
     shutil.rmtree(tmp_path / "run")
@@ -309,22 +317,22 @@ def test_training_pushes_its_own_card_and_code_with_every_commit(hub, site_witho
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-# The doctor
+# Verification
 
 
-def test_the_doctor_sees_that_the_code_of_the_folder_computes_something_else(copy):
+def test_verification_detects_code_files_that_compute_something_else(copy):
     code = copy / "modeling_mlip.py"
     changed = code.read_text().replace("self.gate * self.output_projection", "2 * self.gate * self.output_projection")
     assert changed != code.read_text()
     code.write_text(changed)
-    with pytest.raises(ValueError, match="does not come back equal .* output"):
-        examine(str(copy))
+    with pytest.raises(ValueError, match="gives another result .* output"):
+        verify_folder(str(copy))
 
 
-def test_the_doctor_sees_that_a_code_file_is_missing(copy):
+def test_verification_detects_a_missing_code_file(copy):
     (copy / "token_merging.py").unlink()
     with pytest.raises(ValueError, match="does not load .*token_merging"):
-        examine(str(copy))
+        verify_folder(str(copy))
 
 
 def damage_weights(folder: Path, change) -> None:
@@ -389,7 +397,7 @@ def pairs(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_what_is_damaged_is_refused_in_one_line_by_every_command(case, copy, pairs, capfd):
+def test_every_command_refuses_a_damaged_folder_in_one_line(case, copy, pairs, capfd):
     damage, message = DAMAGES[case]
     damage(copy)
     for command in ("push", "evaluate", "train"):
@@ -407,7 +415,7 @@ def test_pickles_are_not_pushed(copy, capfd):
     assert "extra/pytorch_model.bin is a pickle" in error_of(capfd, "push")
 
 
-def test_a_clip_folder_lacks_mlips_own_parts_and_nothing_else(tmp_path):
+def test_a_clip_folder_may_lack_only_the_weights_that_mlip_adds(tmp_path):
     CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=24)).save_pretrained(tmp_path)
     model = load_pretrained(str(tmp_path))
     assert torch.equal(model.token_visual_projection.weight, model.visual_projection.weight)
@@ -418,7 +426,7 @@ def test_a_clip_folder_lacks_mlips_own_parts_and_nothing_else(tmp_path):
         load_pretrained(str(tmp_path))
 
 
-def test_parts_that_an_override_adds_or_leaves_out_are_no_damage(saved, tmp_path):
+def test_an_override_may_add_or_leave_out_parts(saved, tmp_path):
     small_model(token_loss_weight=0).save_pretrained(tmp_path)
     assert load_pretrained(str(tmp_path), config=small_config()).token_visual_projection is not None
     config = MLIPConfig.from_pretrained(saved["MLIPModel"], token_loss_weight=0)
@@ -428,6 +436,6 @@ def test_parts_that_an_override_adds_or_leaves_out_are_no_damage(saved, tmp_path
 @pytest.mark.parametrize("version", ["4.57.1", "5.16.9", "6.0.0"])
 def test_a_transformers_out_of_range_is_named_with_the_range_of_setup_cfg(version, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", version)
-    with pytest.raises(ImportError, match=f">=5.17, <6, and {version} is installed"):
+    with pytest.raises(ImportError, match=f">=5.21, <6, and {version} is installed"):
         runpy.run_path(str(ROOT / "modeling_mlip" / "configuration_mlip.py"))
-    assert "transformers >=5.17, <6\n" in (ROOT / "setup.cfg").read_text()
+    assert "transformers >=5.21, <6\n" in (ROOT / "setup.cfg").read_text()

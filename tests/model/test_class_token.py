@@ -52,7 +52,7 @@ def test_without_a_class_token_the_tower_equals_siglip_in_outputs_and_gradients(
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("merge_method", ["mlip", "tome", "elip"])
+@pytest.mark.parametrize("merge_method", ["mlip", "ward", "tome", "elip"])
 def test_a_model_without_a_class_token_merges_and_trains(batch, merge_method, attention, tmp_path):
     model = open_gate(
         small_model(vision={**WITHOUT_CLASS_TOKEN, "merge_ratio": 0.5, "merge_method": merge_method})

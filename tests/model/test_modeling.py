@@ -109,7 +109,7 @@ def test_merging_keeps_the_configured_fraction_and_sizes_count_every_patch(batch
     assert grid.shape == (5, 8, 8, 32)
 
 
-@pytest.mark.parametrize("merge_method", ["mlip", "tome", "elip"])
+@pytest.mark.parametrize("merge_method", ["mlip", "ward", "tome", "elip"])
 @pytest.mark.parametrize("frequency_layers", [0, 2])
 def test_eager_equals_sdpa_with_merging(batch, merge_method, frequency_layers):
     vision = {"merge_ratio": 0.6, "merge_method": merge_method, "frequency_layers": frequency_layers}

@@ -10,6 +10,7 @@ from modeling_mlip.token_merging import (
     fuse_least_important,
     joint_similarity_features,
     match_tokens,
+    match_tokens_by_cost,
     merge_matrix,
     merge_schedule,
     merge_sizes,
@@ -182,3 +183,55 @@ def test_unmerge_gives_every_patch_its_token():
     tokens = torch.arange(6.0).view(2, 3, 1)
     token_map = torch.tensor([[0, 0, 1, 2], [2, 1, 0, 0]])
     assert unmerge(tokens, token_map)[..., 0].tolist() == [[0, 0, 1, 2], [5, 4, 3, 3]]
+
+
+def ward_cost(features: torch.Tensor, assignment: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Size-weighted sum of squared distances to the mean of each new token, `(B,)`, by its definition."""
+    totals = []
+    for states, groups, counts in zip(features, assignment, sizes, strict=True):
+        total = torch.zeros(())
+        for group in groups.unique():
+            members, weights = states[groups == group], counts[groups == group, None]
+            mean = (members * weights).sum(dim=0) / weights.sum()
+            total = total + (weights * (members - mean).square()).sum()
+        totals.append(total)
+    return torch.stack(totals)
+
+
+def test_one_merge_by_cost_is_the_cheapest_of_all_pairs_of_source_and_target():
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(4, 9, 5, generator=generator)
+    sizes = torch.randint(1, 6, (4, 9), generator=generator).float()
+    assignment = match_tokens_by_cost(features, sizes, num_removed=1, num_rounds=1)
+    chosen = ward_cost(features, assignment, sizes)
+    for image in range(4):
+        costs = []
+        for source in range(1, 9, 2):
+            for target in range(0, 9, 2):
+                groups = torch.arange(9)
+                groups[source] = target
+                one = slice(image, image + 1)
+                costs.append(ward_cost(features[one], groups[None], sizes[one]))
+        torch.testing.assert_close(chosen[image], torch.cat(costs).min())
+
+
+def test_of_equally_distant_pairs_the_smaller_tokens_merge_first():
+    features = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [9.0, 9.0], [9.0, 8.0]]])
+    assert match_tokens_by_cost(features, torch.tensor([[5.0, 5.0, 1.0, 1.0]]), 1, 1).tolist() == [[0, 1, 2, 2]]
+    assert match_tokens_by_cost(features, torch.tensor([[1.0, 1.0, 5.0, 5.0]]), 1, 1).tolist() == [[0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("num_tokens, num_removed", [(2, 1), (9, 8), (64, 1), (64, 40), (65, 64), (196, 98)])
+@pytest.mark.parametrize("num_rounds", [1, 4])
+def test_merging_by_cost_removes_the_number_asked_for(num_tokens, num_removed, num_rounds):
+    features = torch.randn(2, num_tokens, 4, generator=torch.Generator().manual_seed(0))
+    assignment = match_tokens_by_cost(features, torch.ones(2, num_tokens), num_removed, num_rounds)
+    for row in assignment:
+        assert row.unique().tolist() == list(range(num_tokens - num_removed))
+
+
+def test_four_rounds_by_cost_are_cheaper_than_one():
+    features = torch.randn(8, 64, 6, generator=torch.Generator().manual_seed(1))
+    sizes = torch.ones(8, 64)
+    one, four = (ward_cost(features, match_tokens_by_cost(features, sizes, 32, rounds), sizes) for rounds in (1, 4))
+    assert four.mean() < one.mean()

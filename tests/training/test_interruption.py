@@ -142,7 +142,7 @@ def test_a_full_disk_before_the_first_checkpoint_says_to_start_again(root, tmp_p
 
 def test_an_older_checkpoint_goes_only_when_the_newer_has_its_name(root, tmp_path, monkeypatch):
     folder, seen = tmp_path / "run", []
-    rotate, flush = MLIPTrainer._remove_old_checkpoints, checkpoint._flush
+    rotate, flush = MLIPTrainer._remove_old_checkpoints, checkpoint.flush_to_disk
 
     def watch(name, function):
         def watched(*args):
@@ -152,7 +152,7 @@ def test_an_older_checkpoint_goes_only_when_the_newer_has_its_name(root, tmp_pat
         return watched
 
     monkeypatch.setattr(MLIPTrainer, "_remove_old_checkpoints", watch("rotate", rotate))
-    monkeypatch.setattr(checkpoint, "_flush", watch("flush", flush))
+    monkeypatch.setattr(checkpoint, "flush_to_disk", watch("flush", flush))
     assert run(root, folder, "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "1") == 0
     assert seen[:4] == [
         ("flush", ["_unfinished"]),

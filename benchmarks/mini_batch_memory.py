@@ -1,8 +1,8 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Memory and time of a training step on a large batch, in mini-batches and plain, and of the token loss's two scopes.
 
-    python benchmarks/mini_batches.py --pairs 4096 --mini_batch_size 128 --plain_pairs 512 1024
-    python benchmarks/mini_batches.py --processes 2 --pairs 256
+    python benchmarks/mini_batch_memory.py --pairs 4096 --mini_batch_size 128 --plain_pairs 512 1024
+    python benchmarks/mini_batch_memory.py --processes 2 --pairs 256
 
 A step is `MLIPTrainer.training_step`: forward and backward pass of `tiny` on random images and captions, half of the
 patch tokens merged away, all three losses. Each measurement is a process of its own with a small step ahead. Memory is
@@ -56,7 +56,7 @@ def random_batch(model: MLIPModel, num_pairs: int) -> dict[str, Any]:
     }
 
 
-def measure(
+def measure_step(
     pairs: int,
     mini_batch_size: int | None,
     token_loss_scope: str,
@@ -78,7 +78,7 @@ def measure(
         mini_batch_size=mini_batch_size,
         token_loss_scope=token_loss_scope,
     )
-    trainer = MLIPTrainer(model, args, train_dataset=[None] * pairs, processor=SimpleNamespace(tokenizer=None))
+    trainer = MLIPTrainer(model, args, train_dataset=[None] * pairs, processing_class=SimpleNamespace(tokenizer=None))
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()
     wrapped, _ = trainer.accelerator.prepare(model, trainer.optimizer)
@@ -102,7 +102,7 @@ def start(setup: dict[str, Any], environment: dict[str, str]) -> subprocess.Pope
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
 
 
-def run(setup: dict[str, Any], processes: int) -> dict[str, float]:
+def measure_in_processes(setup: dict[str, Any], processes: int) -> dict[str, float]:
     """The step of `processes` processes at once; of each figure the largest."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -117,7 +117,7 @@ def run(setup: dict[str, Any], processes: int) -> dict[str, float]:
     return {name: max(figure[name] for figure in figures) for name in figures[0]}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=4096, help="Pairs of each process.")
     parser.add_argument("--mini_batch_size", type=int, default=128)
@@ -126,9 +126,9 @@ def main() -> None:
     parser.add_argument("--token_loss_group_size", type=int, default=0, help="0: all pairs are compared.")
     parser.add_argument("--no_bf16", action="store_true", help="float32 instead of bfloat16 autocast.")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     if flags.measure:
-        print(json.dumps(measure(**json.loads(flags.measure))))
+        print(json.dumps(measure_step(**json.loads(flags.measure))))
         return
 
     group_size = flags.token_loss_group_size or None
@@ -148,7 +148,7 @@ def main() -> None:
         setup_of_row = {"processes": flags.processes, **{k: v for k, v in setup.items() if k != "folder"}}
         row = {
             **setup_of_row,
-            **run(setup, flags.processes),
+            **measure_in_processes(setup, flags.processes),
             "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s) a process",
             "torch": torch.__version__,
         }

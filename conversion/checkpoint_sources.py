@@ -1,8 +1,8 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Finding out what a checkpoint is, and reading it without running code that it may carry.
+"""Recognises the format of a checkpoint and reads it without running code in it.
 
-The config is read and judged first, so that what MLIP does not support is refused before any weight is read. Weights
-are mapped from the file (`mmap`), not copied: conversion needs memory for what it writes, hardly for what it reads.
+The configuration is read first, so that unsupported models are refused before any weight is read. Weights are mapped
+from the file (`mmap`) and not copied, so reading needs little memory.
 """
 
 import json
@@ -39,17 +39,17 @@ OPEN_CLIP_WEIGHTS = (
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
-# Where training scripts put the weights in their checkpoint, and what wrappers put before each name.
+# Keys under which training scripts store the weights, and prefixes that wrappers add to each name.
 NESTED = ("state_dict", "model_state_dict", "ema_state_dict", "state_dict_ema", "model_ema", "ema", "model")
 WRAPPERS = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.")
 BOOKKEEPING = {"n_averaged", "initted", "step"}
-# OpenAI's files say these beside the weights.
+# Numbers that OpenAI's files store beside the weights.
 OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
 
 
 @dataclass
 class Source:
-    """A checkpoint that was read: `config` holds the keys of MLIPConfig, `state` the tensors by their names there."""
+    """A checkpoint: `config` has the keys of MLIPConfig, `state` the tensors by their names in the checkpoint."""
 
     name: str
     kind: str  # "open_clip" | "clip" | "mlip"
@@ -57,7 +57,7 @@ class Source:
     state: dict[str, Tensor]
     model_cfg: dict[str, Any] = field(default_factory=dict)  # OpenCLIP's
     preprocess_cfg: dict[str, Any] = field(default_factory=dict)  # OpenCLIP's
-    folder: Path = field(default_factory=Path)  # where processor and tokenizer files may lie
+    folder: Path = field(default_factory=Path)  # may contain processor and tokenizer files
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -66,7 +66,7 @@ class Source:
 
 
 def read_source(source: str | Path, model: str | None = None) -> Source:
-    """Read a folder, a file or a Hub id.
+    """Reads a folder, a file or a Hub id.
 
     Args:
         source: an OpenCLIP folder or Hub id, a checkpoint file of open_clip or OpenAI, a CLIP folder or Hub id of
@@ -74,7 +74,9 @@ def read_source(source: str | Path, model: str | None = None) -> Source:
         model: for a file without a config: a name of OpenCLIP, a JSON file, or "openai" for OpenAI's own models.
 
     Raises:
-        ValueError, OSError: in one line, if it is not there, is not whole, would run code, or is not supported.
+        ImportError: if `model` is a name and open_clip is not installed.
+        OSError: if a file is missing or cannot be fetched.
+        ValueError: if the checkpoint is damaged, contains code, or is not supported.
     """
     path = Path(str(source).removeprefix("local-dir:")).expanduser()
     if path.is_file():
@@ -124,8 +126,8 @@ def _read_file(path: Path, model: str | None) -> Source:
         notes.append("read as OpenAI's CLIP: the architecture from the shapes, QuickGELU")
     if not content:
         raise ValueError(
-            f"{path} has no config beside it: say which model it is with --model ViT-B-32 (a name of OpenCLIP), "
-            "--model config.json, or --model openai for OpenAI's own; weights alone do not tell GELU from QuickGELU."
+            f"{path} has no config beside it: set model to a name of OpenCLIP (ViT-B-32), a JSON "
+            "configuration, or openai for a model of OpenAI; weights alone do not tell GELU from QuickGELU."
         )
     config = mlip_config_of_open_clip(content["model_cfg"])
     preprocess_cfg = content.get("preprocess_cfg") or {}
@@ -151,10 +153,10 @@ def _read_mlip(folder: Path, name: str, weights: Path) -> Source:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """Tensors of a file, or of all shards of an index, mapped into memory; no code in it is run.
+    """Tensors of a file, or of all shards of an index, mapped into memory. Code in the file is not run.
 
     Raises:
-        ValueError: if it is truncated, is not a checkpoint, or is a pickle that asks for code.
+        ValueError: if the file is truncated, is not a checkpoint, or is a pickle with code.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
@@ -176,14 +178,14 @@ def read_weights(path: Path) -> dict[str, Any]:
         wants = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[^\n]*?([\w.]+)", str(error))
         what = f" ({wants[1] or wants[2]})" if wants else ""
         raise ValueError(
-            f"{path} is not a plain checkpoint of tensors: it is damaged, or a pickle that asks for code{what}, which "
-            "is not run. Save its state dict alone, best as safetensors."
+            f"{path} is not a plain checkpoint of tensors: it is damaged, or a pickle with code{what}, which is "
+            "not run. Save its state dict alone, as safetensors."
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         if "TorchScript" in str(error):
             raise ValueError(
                 f"{path} is a TorchScript archive, which is code: save its state dict "
-                f"(torch.jit.load(...).state_dict()) and convert that with --model openai."
+                f"(torch.jit.load(...).state_dict()) and convert that with model=openai."
             ) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is truncated or is not a checkpoint ({reason}): fetch it again.") from None
@@ -200,7 +202,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
             raise FileNotFoundError(f"{index} names the shard {shard}, which is not beside it: fetch it again.")
         weights.update(read_weights(index.parent / shard))
     if absent := [key for key in weight_map if key not in weights]:
-        raise ValueError(f"{index} promises {absent[0]}, but {weight_map[absent[0]]} does not hold it: fetch it again.")
+        raise ValueError(f"{index} lists {absent[0]}, but {weight_map[absent[0]]} does not contain it: fetch it again.")
     return weights
 
 
@@ -246,11 +248,11 @@ def _download(repo: str) -> Path:
             raise OSError(f"{repo} is not a local path, and could not be fetched from the Hub ({reason}).") from None
 
 
-# From what a file holds to a plain state dict
+# State dicts
 
 
 def _is_openai(weights: dict[str, Any]) -> bool:
-    """Whether a bare state dict is one of OpenAI's: it says its resolution, or mixes float16 with float32."""
+    """Whether a bare state dict is from OpenAI: it contains its resolution, or mixes float16 with float32."""
     if any(key in weights for key in NESTED):
         return False
     dtypes = {value.dtype for value in weights.values() if isinstance(value, Tensor) and value.is_floating_point()}
@@ -265,7 +267,7 @@ def _open_clip_state(weights: dict[str, Any]) -> tuple[dict[str, Tensor], list[s
 
 
 def _unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
-    """Goes down to the state dict of a training checkpoint and takes the wrappers' prefixes off its names."""
+    """The state dict in a training checkpoint, without the prefixes of wrappers."""
     while found := next((key for key in NESTED if isinstance(weights.get(key), dict)), None):
         weights = weights[found]
     weights = {key: value for key, value in weights.items() if key not in BOOKKEEPING}
@@ -287,7 +289,7 @@ def _tensors(weights: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _uniform(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """One floating-point type for all: OpenAI mixes float16 with float32, which becomes float32 without loss."""
+    """Converts mixed floating-point types to float32. OpenAI mixes float16 with float32."""
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) < 2:
         return state, []

@@ -13,7 +13,7 @@ import torch
 from conversion_cases import TEXT, VISION, clip_folder, model_cfg_of, open_clip_folder, open_clip_model
 from safetensors.torch import load_file, save_file
 
-from modeling_mlip.conversion import checkpoints, sources
+from modeling_mlip.conversion import checkpoint_sources as sources
 from modeling_mlip.conversion.checkpoints import convert, convert_checkpoint
 from modeling_mlip.conversion.convert import main
 
@@ -202,7 +202,7 @@ def test_an_existing_target_is_kept(tmp_path):
         (tmp_path / target).mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "notes" / "diary.txt").write_text("dear")
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(FileExistsError, match="set overwrite"):
         main([str(source), str(tmp_path / "model")])
     with pytest.raises(FileExistsError, match="not a model folder"):
         main([str(source), str(tmp_path / "notes"), "--overwrite"])
@@ -226,11 +226,10 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_old_folder(tmp_path, mo
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "write_reports", full)
     before = sorted(file.name for file in (tmp_path / "old").iterdir())
     for target in ("new", "old"):
         with pytest.raises(OSError, match=r"could not be written.*No space left"):
-            monkeypatch.setattr("modeling_mlip.conversion.convert.write_reports", full)
+            monkeypatch.setattr("modeling_mlip.conversion.checkpoints.write_reports", full)
             main([str(source), str(tmp_path / target), "--overwrite"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "old"]
     assert sorted(file.name for file in (tmp_path / "old").iterdir()) == before

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from modeling_mlip.data.sources import load_pairs
-from modeling_mlip.data.tables import check_table, read_repaired_table
+from modeling_mlip.data.table_files import check_table, read_repaired_table
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
