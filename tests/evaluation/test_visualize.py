@@ -16,6 +16,7 @@ from modeling_mlip.data.caption_tokenizer import train_tokenizer
 from modeling_mlip.evaluation.visualize import visualize as command
 from modeling_mlip.evaluation.visualize.inspection import caption_words, filter_magnitudes, inspect_image
 from modeling_mlip.evaluation.visualize.pictures import fill_regions, region_borders, tint_regions
+from modeling_mlip.evaluation.visualize.sections import settings_section, tokens_section
 from modeling_mlip.hub.cli import main as mlip
 
 CAPTION = "A dog's bone, medium-light: xylophones!"
@@ -325,3 +326,17 @@ def test_bad_input_is_refused_in_one_line_that_names_it(folder, processor, tmp_p
         said = capsys.readouterr()
         assert expected in said.err and "Traceback" not in said.err and said.out == ""
         assert not (tmp_path / "out").exists()
+
+
+def test_tables_of_a_page_name_the_tokens_of_each_layer_and_no_local_path(processor, tmp_path):
+    model = build_model(processor, vision={"merge_ratio": 0.5})
+    inspection = inspect_image(model, processor, noise())
+    tokens = tokens_section(inspection).rows
+    depth = model.config.vision_config.num_hidden_layers
+    assert [row["layer"] for row in tokens] == list(range(depth))
+    assert tokens[0]["tokens in attention"] == inspection.num_tokens[0]
+    assert tokens[-1]["tokens in MLP"] == inspection.num_tokens[-1]
+    settings = {
+        row["setting"]: row["value"] for row in settings_section(str(tmp_path), model, inspection, "x", None).rows
+    }
+    assert settings["model"] == tmp_path.name and settings["merge ratio"] == "0.5" and "caption" not in settings

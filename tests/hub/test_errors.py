@@ -1,0 +1,56 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""Errors that a user can act on become one line with the next step; bugs do not."""
+
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+
+from modeling_mlip import MLIPConfig
+from modeling_mlip.hub.errors import error_line, hub_errors, is_user_error
+
+
+def http_error(status: int) -> HTTPError:
+    error = HTTPError("the Hub says no")
+    error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+def test_a_wrong_configuration_is_one_line_without_the_validator_around_it():
+    with pytest.raises(StrictDataclassError) as caught:
+        MLIPConfig(merge_ratio=2)
+    assert error_line(caught.value).startswith("merge_ratio=2 ")
+
+
+def test_messages_about_files_lose_their_line_breaks():
+    assert error_line(OSError("no\n  such file")) == "no such file"
+    assert error_line(ValueError("first\nsecond")) == "first\nsecond"
+    assert error_line(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (ValueError("x"), True),
+        (OSError("x"), True),
+        (ImportError("x"), True),
+        (RuntimeError("wandb requires wandb to be installed"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (KeyError("x"), False),
+        (AttributeError("x"), False),
+    ],
+)
+def test_only_errors_that_a_user_can_act_on_are_user_errors(error, expected):
+    assert is_user_error(error) is expected
+
+
+@pytest.mark.parametrize("status, next_step", [(403, "hf auth login"), (500, "Run the same command again")])
+def test_an_error_of_the_hub_names_the_repository_and_the_next_step(status, next_step):
+    with pytest.raises(OSError, match=f"owner/name: .*the Hub says no.*{next_step}"):
+        with hub_errors("owner/name"):
+            raise http_error(status)
+
+
+def test_an_error_that_is_not_of_the_connection_passes_unchanged():
+    with pytest.raises(RuntimeError, match="a bug"), hub_errors("owner/name"):
+        raise RuntimeError("a bug")

@@ -1,0 +1,20 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""The demo trains, evaluates, reloads and reports; here on fewer drawings."""
+
+from modeling_mlip.data.shapes import shapes_dataset
+from modeling_mlip.training import demo
+
+
+def test_the_demo_leaves_a_model_and_a_report_and_prints_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("modeling_mlip.data.sources.shapes_dataset", lambda: shapes_dataset(128, 12))
+    demo.main(["--output_dir", str(tmp_path), "--num_train_epochs", "1"])
+    [folder] = tmp_path.iterdir()
+    assert {"model.safetensors", "config.json", "report.html", "README.md"} <= {path.name for path in folder.iterdir()}
+    printed = capsys.readouterr().out
+    assert "chance" in printed and "pipeline: " in printed
+    rows = [line.split() for line in printed.splitlines() if line.startswith(("0 ", "0.3", "0.5", "0.7"))]
+    assert len(rows) == 4 and all(0 <= float(value) <= 100 for row in rows for value in row[1:])
+
+
+def test_bfloat16_is_chosen_by_measuring(monkeypatch):
+    assert demo.bfloat16_is_faster() in (True, False)
