@@ -29,7 +29,7 @@ types: .venv/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile # one process per file on each of two cores
 
 conformance: .venv/installed
 	$(BIN)/python -m pytest tests/conformance
