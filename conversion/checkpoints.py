@@ -1,7 +1,8 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Conversion of CLIP and OpenCLIP checkpoints to MLIP: `convert_checkpoint`.
 
-`sources` reads a checkpoint, `open_clip_configurations` and `tables` translate it, the model takes the tensors without
+`checkpoint_sources` reads a checkpoint, `open_clip_configurations` and `tables` translate it, the model takes the
+tensors without
 a copy, and `parity` compares it with the original. `export` goes the other way.
 """
 

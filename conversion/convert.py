@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "--merge-layers", "--merge_layers", type=int, nargs="+", help="layers that merge tokens, counted from 0"
     )
     parser.add_argument(
-        "--merge-method", "--merge_method", help="ward (the default for a CLIP checkpoint), mlip, tome or elip"
+        "--merge-method", "--merge_method", help="mlip, tome, elip or ward (the default for a CLIP checkpoint)"
     )
     parser.add_argument("--to", choices=("mlip", "open_clip", "clip", "both"), default="mlip", help="format to write")
     parser.add_argument("--drop-frequency", "--drop_frequency", action="store_true",

@@ -26,7 +26,7 @@ from transformers.utils import logging  # noqa: E402
 
 logger = logging.get_logger(__name__)
 
-MERGE_METHODS = ("mlip", "ward", "tome", "elip")
+MERGE_METHODS = ("mlip", "tome", "elip", "ward")
 CLIP_VOCABULARY = 49408
 # Vision keys that MLIPConfig also accepts and exposes; the vision config stores them.
 VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers", "frequency_embed_weight")

@@ -140,7 +140,7 @@ def _match_once(features: torch.Tensor, importance: torch.Tensor | None, num_rem
 def _assign_best(scores: torch.Tensor, partner: torch.Tensor, num_removed: int, N: int) -> torch.Tensor:
     """Merges the `num_removed` sources of the highest `scores` `(B, N//2)` into their partners `(B, N//2)`, indices of
     targets. Returns the assignment `(B, N)`."""
-    B, place = len(scores), places(scores)
+    B, place = scores.shape[0], places(scores)
     position = torch.arange(N, device=scores.device)
     target = torch.where(place < num_removed, 2 * partner, position[1::2])  # (B, N//2): a kept source is its own target
     target = position.expand(B, N).scatter(1, position[1::2].expand(B, -1), target)  # (B, N), for all tokens

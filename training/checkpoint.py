@@ -308,7 +308,7 @@ def check_checkpoint(folder: str) -> None:
     if missing:
         last = get_last_checkpoint(str(path.parent)) if path.parent.is_dir() else None
         hint = f"The last one there is {last}." if last and Path(last) != path else "Give a folder checkpoint-N."
-        if "optimizer" in missing and "weights" not in missing and (path / "trainer_state.json").is_file():
+        if path.name.startswith(PREFIX_CHECKPOINT_DIR) and missing == ["optimizer", "random states"]:
             hint = "It was saved with save_only_model; start a new run from its weights. " + hint
         raise ValueError(f"{folder} is no checkpoint to resume from: it has no {' and no '.join(missing)}. {hint}")
 

@@ -90,9 +90,9 @@ def test_importance_is_what_the_layers_are_guided_by(processor):
         layer = model.vision_model.encoder.layers[stage.layer]
         original = layer._match
 
-        def match(guide, states, importance, *rest, original=original):
+        def match(patches, guide, states, importance, *rest, original=original):
             guides.append((guide[1][0], importance[0]))
-            return original(guide, states, importance, *rest)
+            return original(patches, guide, states, importance, *rest)
 
         layer._match = match
     with torch.no_grad():

@@ -77,10 +77,13 @@ def test_the_model_compiles_as_one_graph_and_once_for_all_batches(backend):
 
 
 @torch.no_grad()
-def test_torch_and_onnx_exports_work_with_any_batch_size(tmp_path):
+@pytest.mark.parametrize("merge_method", ["mlip", "ward"])
+def test_torch_and_onnx_exports_work_with_any_batch_size(merge_method, tmp_path):
     import onnxruntime
 
-    module = ThreeOutputs(tiny_model()).eval()
+    model = tiny_model()
+    model.vision_model.config.merge_method = merge_method
+    module = ThreeOutputs(model).eval()
     batch = pairs_batch(3)
     shapes = {name: {0: torch.export.Dim("batch")} for name in batch}
     program = torch.export.export(module, (), batch, dynamic_shapes=shapes)

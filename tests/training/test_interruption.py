@@ -177,13 +177,13 @@ def test_the_best_checkpoint_is_known_by_its_final_name(root, tmp_path):
 # Refused
 
 
-def test_what_is_no_checkpoint_is_refused_with_the_last_one_there_is(finished, root, capfd):
+def test_what_is_no_checkpoint_is_refused_with_the_last_one_there_is(finished, root, tmp_path, capfd):
     streamed, folder = finished
     for wrong, missing in (
         (folder / "checkpoint-8", "no trainer_state.json and no weights and no optimizer and no random states"),
         (folder, "no optimizer and no random states"),
     ):
-        assert run(root, folder, "--resume_from_checkpoint", str(wrong), streamed=streamed) == 1
+        assert run(root, tmp_path / "other", "--resume_from_checkpoint", str(wrong), streamed=streamed) == 1
         error = capfd.readouterr().err
         assert f"{wrong} is no checkpoint to resume from: it has {missing}" in error
         assert (f"The last one there is {folder}/checkpoint-7" in error) == (wrong != folder)
