@@ -63,6 +63,8 @@ def train(
     checkpoint = find_checkpoint(training_args)
     if training_args.do_train:
         check_output_dir(training_args.output_dir, checkpoint)
+    else:
+        training_args.report_to = []  # without training, TensorBoard would write to the current folder
     set_seed(training_args.seed)
     config = build_config(
         model_name_or_path=model_args.model_name_or_path, config_name=model_args.config_name, overrides=overrides

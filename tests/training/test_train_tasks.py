@@ -86,8 +86,10 @@ def test_a_finished_run_is_never_written_over(case, drawn, trained, tmp_path, ca
     assert file_digests(trained) == before
 
 
-def test_evaluation_alone_changes_no_file_of_the_run_that_it_evaluates(drawn, trained, tmp_path, capfd):
+def test_evaluation_alone_changes_no_file_of_the_run_that_it_evaluates(drawn, trained, tmp_path, capfd, monkeypatch):
     folder = str(tmp_path / "copy")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     shutil.copytree(trained, folder)
     before = file_digests(folder)
     flags = train_flags_without_data(folder, "--model_name_or_path", folder, "--validation_file", drawn[1])
@@ -95,6 +97,7 @@ def test_evaluation_alone_changes_no_file_of_the_run_that_it_evaluates(drawn, tr
     after = file_digests(folder)
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"eval_results.json"}
+    assert list((tmp_path / "here").iterdir()) == []  # TensorBoard would begin a folder where the command runs
     results = json.loads((tmp_path / "copy" / "eval_results.json").read_text())
     expected = json.loads((Path(trained) / "all_results.json").read_text())
     assert results["eval_mean_recall"] == pytest.approx(expected["eval_mean_recall"])
