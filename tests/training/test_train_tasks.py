@@ -90,10 +90,11 @@ def test_evaluation_alone_changes_no_file_of_the_run_that_it_evaluates(drawn, tr
     folder = str(tmp_path / "copy")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)  # which training sets
     shutil.copytree(trained, folder)
     before = file_digests(folder)
     flags = train_flags_without_data(folder, "--model_name_or_path", folder, "--validation_file", drawn[1])
-    assert run([*flags, "--do_eval"]) == 0
+    assert run([*flags, "--do_eval", "--report_to", "tensorboard"]) == 0
     after = file_digests(folder)
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"eval_results.json"}
