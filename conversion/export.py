@@ -75,6 +75,11 @@ def export(
     """
     if format not in ("open_clip", "clip", "both"):
         raise ValueError(f"format={format!r} is unknown; choose 'open_clip', 'clip' or 'both'.")
+    if not model.config.vision_config.use_class_token:
+        raise ValueError(
+            "use_class_token=False: CLIP and OpenCLIP's plain ViTs have a class token, so they cannot hold this "
+            "tower; share it as an MLIP model with 'mlip push'."
+        )
     _check_vocabulary(model, processor)
     check_finite(model.state_dict(), "the model")
     state, notes = _clip_state(model, drop_frequency)

@@ -6,6 +6,7 @@ import json
 import open_clip
 import pytest
 import torch
+from conftest import small_model
 from conversion_cases import clip_folder, open_clip_folder
 from transformers import CLIPConfig
 
@@ -113,3 +114,11 @@ def test_a_name_without_open_clip_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"pip install 'modeling-mlip\[openclip\]'"):
         model_cfg_of_name("ViT-B-32")
+
+
+def test_a_tower_without_a_class_token_is_refused(tmp_path):
+    _, processor = convert_checkpoint(open_clip_folder(tmp_path / "source"))
+    model = small_model(vision={"use_class_token": False, "pooling": "mean"})
+    with pytest.raises(ValueError, match="use_class_token=False.*mlip push"):
+        export_checkpoint(model, processor, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
