@@ -32,7 +32,6 @@ class RetrievalEvaluationMixin:
 
     args: MLIPTrainingArguments
     model: Any
-    optimizer: Any
     eval_dataset: Any
     processing_class: Any
     is_in_train: bool
@@ -97,8 +96,7 @@ class RetrievalEvaluationMixin:
     def _prepare_evaluation(self) -> None:
         """What Trainer's own loop does first: half precision if asked for, and averaged weights of an optimizer that
         keeps them apart from those it trains."""
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()
+        self._use_averaged_weights()  # type: ignore[attr-defined]
         if not self.is_in_train:
             args = self.args
             dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None
