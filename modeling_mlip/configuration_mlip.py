@@ -27,6 +27,8 @@ from transformers.utils import logging  # noqa: E402
 logger = logging.get_logger(__name__)
 
 MERGE_METHODS = ("mlip", "tome", "elip", "ward")
+TOKEN_LOSS_TYPES = ("filip", "sparc")
+INSTANCE_LOSSES = ("info_nce", "sigmoid")
 CLIP_VOCABULARY = 49408
 # Vision keys that MLIPConfig also accepts and exposes; the vision config stores them.
 VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers", "frequency_embed_weight")
@@ -69,12 +71,14 @@ def repair_eos_token_id(text_config: dict[str, Any]) -> dict[str, Any]:
 
 @strict
 class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
-    r"""Text tower: CLIP's, with three keys that some OpenCLIP checkpoints need.
+    r"""Text tower: CLIP's, with keys that SigLIP and some OpenCLIP checkpoints need.
 
     Args:
         pooling: `"eos"` takes the state at the first `eos_token_id`, so that text after it does not count, as in CLIP;
             `"last"` takes the state at the last position, after padding the ids to `max_position_embeddings` (CLIPA).
-        use_causal_mask: `False` lets every token attend to every other one, including padding (CLIPA).
+        use_causal_mask: `False` lets every token attend to every other one, including padding (CLIPA, SigLIP).
+        use_text_projection: `False` takes the pooled state as the embedding, so `hidden_size` must be `projection_dim`.
+        text_projection_bias: adds a bias to the projection (SigLIP).
         layer_scale_init_value: initial value of a learned scale for each channel of both residual branches; `None`
             leaves it out.
 
@@ -86,6 +90,8 @@ class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
 
     pooling: str = "eos"
     use_causal_mask: bool = True
+    use_text_projection: bool = True
+    text_projection_bias: bool = False
     layer_scale_init_value: float | int | None = None
     initializer_factor: float | int = 1.0
 
@@ -98,6 +104,10 @@ class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
         _validate_choice("pooling", self.pooling, ("eos", "last"))
         if not isinstance(self.eos_token_id, int):
             raise ValueError(f"eos_token_id={self.eos_token_id!r}: give the one token id that captions end with.")
+        if self.text_projection_bias and not self.use_text_projection:
+            raise ValueError(
+                "text_projection_bias=True needs use_text_projection=True; set text_projection_bias=False."
+            )
         _validate_at_least(self, 1, "vocab_size", "max_position_embeddings", "num_hidden_layers")
 
 
@@ -118,15 +128,24 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
             in training.
         merge_importance_weight: weight of one standard deviation of importance against cosine similarity when pairs are
             ranked; 0 leaves importance out.
+        patch_dropout: fraction of the patch tokens that training drops at random before the encoder (FLIP, Li et al.
+            2023, arXiv 2212.00794), `0 <= patch_dropout < 1`; merging removes `merge_ratio` of the others. Evaluation
+            keeps all patches, and the frequency stage sees all patches.
         frequency_layers: number of blocks of the frequency stage; 0 removes the stage.
         frequency_hidden_size: hidden size of the frequency stage; `None` is a quarter of `hidden_size`.
         frequency_embed_weight: weight of the frequency embedding in the image embedding, in which the spatial embedding
             has weight 1. 0 is CLIP's image embedding. No loss depends on it, so it may be changed after training.
             `MLIPConfig` refuses a weight above 0 without a frequency loss.
-        use_class_token: `False` leaves out the class token, as SigLIP does. Such a tower needs `pooling="mean"`, its
-            patch embedding has a bias, and the importance of a token is the attention that it receives from all tokens.
-        pooling: `"class"` takes the class token; `"mean"` takes the mean of the patch tokens, weighted by size (CLIPA).
-        use_pre_layernorm: `False` leaves out the LayerNorm before the encoder (CLIPA).
+        use_class_token: `False` leaves out the class token, as SigLIP does. The patch embedding of such a tower has a
+            bias, and the importance of a token is the attention that it receives from all tokens.
+        pooling: `"class"` takes the class token; `"mean"` takes the mean of the patch tokens, weighted by size (CLIPA);
+            `"attention"` takes the output of an attention layer with a learned query and an MLP, which follow the
+            post-LayerNorm and count each token by its size (SigLIP).
+        use_pre_layernorm: `False` leaves out the LayerNorm before the encoder (CLIPA, SigLIP).
+        use_visual_projection: `False` takes the pooled state as the embedding, as SigLIP does, so `hidden_size` must be
+            `projection_dim`.
+        crop_to_patches: `True` admits an `image_size` that is not divisible by `patch_size`: the pixels at the right
+            and bottom edge that fill no patch are not used (SigLIP with 384 pixels and patches of 14).
         layer_scale_init_value: initial value of a learned scale for each channel of both residual branches; `None`
             leaves it out.
 
@@ -141,12 +160,15 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     merge_method: str = "mlip"
     merge_importance_weight: float | int = 0.1
     merge_caption_weight: float | int = 0.5
+    patch_dropout: float | int = 0.0
     frequency_layers: int = 2
     frequency_hidden_size: int | None = None
     frequency_embed_weight: float | int = 0.0
     use_class_token: bool = True
     pooling: str = "class"
     use_pre_layernorm: bool = True
+    use_visual_projection: bool = True
+    crop_to_patches: bool = False
     layer_scale_init_value: float | int | None = None
     initializer_factor: float | int = 1.0
 
@@ -167,20 +189,26 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
             return sorted(self.merge_layers)
         return sorted({self.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3)})
 
+    def count_kept_patches(self, num_patches: int) -> int:
+        """The number of patches of an image that `patch_dropout` keeps in training, at least 1."""
+        return max(round(num_patches * (1 - self.patch_dropout)), 1)
+
     def validate_geometry(self):
         for name in ("image_size", "patch_size"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give one integer; images and patches are square.")
         _validate_at_least(self, 1, "image_size", "patch_size", "num_hidden_layers", "frequency_hidden_size")
-        if self.image_size % self.patch_size:
+        if self.image_size % self.patch_size and not self.crop_to_patches or self.image_size < self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             raise ValueError(
                 f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}; "
                 f"the nearest sizes that are: {[size for size in (below, below + self.patch_size) if size]}."
             )
-        _validate_choice("pooling", self.pooling, ("class", "mean"))
+        _validate_choice("pooling", self.pooling, ("class", "mean", "attention"))
         if self.pooling == "class" and not self.use_class_token:
-            raise ValueError("pooling='class' needs use_class_token=True; choose pooling='mean' without a class token.")
+            raise ValueError(
+                "pooling='class' needs use_class_token=True; choose pooling='mean' or 'attention' without a class token."
+            )
         if self.frequency_layers < 0:
             raise ValueError(f"frequency_layers={self.frequency_layers}: choose 0 (no frequency stage) or more.")
         if not 0 <= self.frequency_embed_weight < math.inf:
@@ -199,6 +227,17 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
             raise ValueError(
                 f"merge_ratio={self.merge_ratio} leaves none of the {num_patches} patch tokens; "
                 f"choose at most {1 - 1 / num_patches:.3f}, larger images or smaller patches."
+            )
+        num_kept = self.count_kept_patches(num_patches)
+        if 0 < self.patch_dropout < 1 and round(num_kept * (1 - self.merge_ratio)) < 1:
+            raise ValueError(
+                f"patch_dropout={self.patch_dropout} keeps {num_kept} of {num_patches} patches in training, and "
+                f"merge_ratio={self.merge_ratio} leaves none of them; lower one of the two."
+            )
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(
+                f"patch_dropout={self.patch_dropout}: choose 0 <= patch_dropout < 1, for example 0.5 to train on half "
+                "of the patches."
             )
         _validate_choice("merge_method", self.merge_method, MERGE_METHODS)
         if not 0 <= self.merge_caption_weight <= 1:
@@ -227,11 +266,19 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
             `frequency_layers` and `frequency_embed_weight` may also be passed to, read from and set on this
             configuration; the vision configuration stores them.
         projection_dim: width of the embedding space that both towers share; also set on their configurations.
-        logit_scale_init_value: initial value of the three `logit_scale` parameters, log(1/0.07).
+        logit_scale_init_value: initial value of the three `logit_scale` parameters, log(1/0.07); log(10) = 2.3026 in
+            SigLIP.
+        instance_loss: kind of the spatial and the frequency loss: `"info_nce"` (CLIP), or `"sigmoid"` (SigLIP, Zhai et
+            al. 2023, arXiv 2303.15343), which classifies each pair of an image and a caption by itself and adds a
+            learned bias to the logits. It does not change the token-level loss.
+        logit_bias_init_value: initial value of the biases of the sigmoid loss.
         initializer_factor: factor on the standard deviation of the initial projections; each tower has its own factor.
-        frequency_loss_weight: weight of InfoNCE between frequency and caption embeddings; 0 leaves the loss out.
+        frequency_loss_weight: weight of the loss between frequency and caption embeddings; 0 leaves the loss out.
         token_loss_weight: weight of the token-level loss; 0 leaves the loss out.
-        token_loss_group_size: maximum number of consecutive pairs of a batch that the token-level loss compares with
+        token_loss_type: `"filip"` compares the tokens of every image with those of every caption (late interaction,
+            arXiv 2111.07783); `"sparc"` compares, within each pair, every caption token with the image tokens that are
+            similar to it (arXiv 2401.09865), at a cost linear in the batch.
+        token_loss_group_size: only for `"filip"`: maximum number of consecutive pairs of a batch that the token-level loss compares with
             each other. `None` compares all pairs, which costs more than both towers from some hundreds of pairs on.
         token_loss_frequency: adds the frequency features to the image tokens of the token-level loss.
 
@@ -253,9 +300,12 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
     vision_config: dict | MLIPVisionConfig | None = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
+    instance_loss: str = "info_nce"
+    logit_bias_init_value: float | int = -10.0
     initializer_factor: float | int = 1.0
     frequency_loss_weight: float | int = 1.0
     token_loss_weight: float | int = 0.1
+    token_loss_type: str = "filip"
     token_loss_group_size: int | None = 32
     token_loss_frequency: bool = False
 
@@ -320,10 +370,20 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
                 "leave out; set frequency_embed_weight=0, or both of the others above 0."
             )
 
+    def validate_projections(self):
+        for tower, name in ((self.vision_config, "use_visual_projection"), (self.text_config, "use_text_projection")):
+            if not getattr(tower, name) and tower.hidden_size != self.projection_dim:
+                raise ValueError(
+                    f"{name}=False needs hidden_size={tower.hidden_size} of that tower to equal "
+                    f"projection_dim={self.projection_dim}; set {name}=True, or make the two equal."
+                )
+
     def validate_losses(self):
+        _validate_choice("instance_loss", self.instance_loss, INSTANCE_LOSSES)
         for name in ("frequency_loss_weight", "token_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 (leaves the loss out) or a positive weight.")
+        _validate_choice("token_loss_type", self.token_loss_type, TOKEN_LOSS_TYPES)
         if self.token_loss_group_size is not None and self.token_loss_group_size < 2:
             raise ValueError(
                 f"token_loss_group_size={self.token_loss_group_size}: choose 2 or more pairs, or None for all pairs of "

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -38,6 +39,17 @@ def caption_keys(input_ids: torch.Tensor, caption_mask: torch.Tensor) -> torch.T
     return (mixed ^ (mixed >> 32)).masked_fill(~caption_mask, 0).sum(dim=1)
 
 
+def positive_pairs(row_keys: list[torch.Tensor], column_keys: list[torch.Tensor]) -> torch.Tensor:
+    """`(R, C)` bool, whether row and column have an equal key of any kind.
+
+    Args:
+        row_keys: one `(R,)` for each kind of key (caption, image).
+        column_keys: one `(C,)` for each kind.
+    """
+    equal = [rows[:, None] == columns[None, :] for rows, columns in zip(row_keys, column_keys, strict=True)]
+    return torch.stack(equal).any(dim=0)
+
+
 def positive_targets(row_keys: list[torch.Tensor], column_keys: list[torch.Tensor]) -> torch.Tensor:
     """Soft targets: the positives of a row are the columns with an equal key of any kind, with equal weights.
 
@@ -48,8 +60,7 @@ def positive_targets(row_keys: list[torch.Tensor], column_keys: list[torch.Tenso
     Returns:
         `(R, C)` float32, rows sum to 1.
     """
-    equal = [rows[:, None] == columns[None, :] for rows, columns in zip(row_keys, column_keys, strict=True)]
-    positives = torch.stack(equal).any(dim=0).float()
+    positives = positive_pairs(row_keys, column_keys).float()
     return positives / positives.sum(dim=1, keepdim=True)
 
 
@@ -95,6 +106,60 @@ def instance_loss(
     image_to_text = info_nce(scale * image_embeds @ text_columns.t(), targets)
     text_to_image = info_nce(scale * text_embeds @ image_columns.t(), targets)
     return (image_to_text + text_to_image) / 2
+
+
+def sigmoid_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor,
+    positives: torch.Tensor,
+) -> torch.Tensor:
+    """The loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343, section 3.2), in at least float32, autocast off.
+
+    -1/R sum_ij log sigmoid(z_ij (exp(logit_scale) image_i . text_j + logit_bias)), z_ij = 1 for positives, else -1. It
+    is a sum over captions, so the losses of several blocks of captions add up to the loss of all of them. The scale has
+    no maximum.
+
+    Args:
+        image_embeds: `(R, P)`, normalised.
+        text_embeds: `(C, P)`, normalised.
+        logit_scale: log of the inverse temperature.
+        logit_bias: added to every logit.
+        positives: `(R, C)` bool, from `positive_pairs`.
+
+    Returns:
+        A scalar: the mean over images of the sum over captions.
+    """
+    dtype = torch.promote_types(image_embeds.dtype, torch.float32)
+    device_type = image_embeds.device.type
+    with torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False):  # "meta" has no autocast
+        similarity = image_embeds.to(dtype) @ text_embeds.to(dtype).t()  # (R, P) @ (P, C) -> (R, C)
+        logits = similarity * logit_scale.exp() + logit_bias
+        return -nn.functional.logsigmoid(torch.where(positives, logits, -logits)).sum(dim=1).mean()
+
+
+class SigmoidRows(NamedTuple):
+    """The R images of one process for `sigmoid_losses`, in K domains."""
+
+    image_embeds: list[torch.Tensor]  # K times (R, P)
+    logit_scales: list[torch.Tensor]  # K scalars
+    logit_biases: list[torch.Tensor]  # K scalars
+    keys: list[torch.Tensor]  # one (R,) for each kind of key, see `positive_pairs`
+
+
+class SigmoidColumns(NamedTuple):
+    """A block of C captions for `sigmoid_losses`."""
+
+    text_embeds: torch.Tensor  # (C, P)
+    keys: list[torch.Tensor]  # one (C,) for each kind of key
+
+
+def sigmoid_losses(rows: SigmoidRows, columns: SigmoidColumns) -> torch.Tensor:
+    """`(K,)`, the `sigmoid_loss` of each domain on one block of captions."""
+    positives = positive_pairs(rows.keys, columns.keys)
+    domains = zip(rows.image_embeds, rows.logit_scales, rows.logit_biases, strict=True)
+    return torch.stack([sigmoid_loss(embeds, columns.text_embeds, *scalars, positives) for embeds, *scalars in domains])
 
 
 def token_scores(
@@ -222,6 +287,49 @@ def grouped_token_loss(
     return torch.stack(losses).sum()
 
 
+def aligned_image_tokens(tokens: "TokenEmbeddings") -> torch.Tensor:
+    """For each caption token, the mean of the image tokens that are similar to it (SPARC, Bica et al. 2024,
+    arXiv 2401.09865, section 3.2).
+
+    The weights are the similarities of a caption token to the M image tokens of its own pair, scaled to the range from
+    0 to 1, with weights below 1/M set to zero. A merged token counts as the patches that it replaces.
+
+    Returns:
+        `(R, L, P)`, normalised, in at least float32.
+    """
+    dtype = torch.promote_types(tokens.image_tokens.dtype, torch.float32)
+    image_tokens, text_tokens = tokens.image_tokens.to(dtype), tokens.text_tokens.to(dtype)
+    similarity = text_tokens @ image_tokens.transpose(1, 2)  # (R, L, M)
+    lowest, highest = similarity.aminmax(dim=-1, keepdim=True)
+    epsilon = torch.finfo(torch.float16).eps  # if all similarities are equal, all weights are zero
+    scaled = (similarity - lowest) / (highest - lowest).clamp(min=epsilon)
+    weights = torch.where(scaled < 1 / similarity.shape[-1], 0.0, scaled) * tokens.image_weights.to(dtype)[:, None]
+    return torch.nn.functional.normalize(weights @ image_tokens, dim=-1)
+
+
+def aligned_token_loss(tokens: "TokenEmbeddings", logit_scale: torch.Tensor) -> torch.Tensor:
+    """Symmetric InfoNCE within each pair, between its caption tokens and their `aligned_image_tokens` (SPARC).
+
+    The negatives of a caption token are the other tokens of the same caption, so pairs are independent of each other.
+
+    Args:
+        tokens: the tokens of R pairs.
+        logit_scale: log of the inverse temperature.
+
+    Returns:
+        A scalar: the mean over the tokens of each caption, over both directions and over the pairs.
+    """
+    aligned = aligned_image_tokens(tokens)
+    logits = temperature(logit_scale) * tokens.text_tokens.to(aligned.dtype) @ aligned.transpose(1, 2)  # (R, L, L)
+    mask = tokens.text_mask
+    excluded = torch.finfo(logits.dtype).min
+    by_text = logits.masked_fill(~mask[:, None, :], excluded).log_softmax(dim=2).diagonal(dim1=1, dim2=2)  # (R, L)
+    by_image = logits.masked_fill(~mask[:, :, None], excluded).log_softmax(dim=1).diagonal(dim1=1, dim2=2)
+    # The values at padding are not finite, and 0 times infinity is not a number.
+    log_likelihood = torch.where(mask, by_text, 0.0) + torch.where(mask, by_image, 0.0)
+    return -(log_likelihood.sum(dim=1) / mask.sum(dim=1) / 2).mean()
+
+
 class TokenEmbeddings(NamedTuple):
     """The inputs of the token-level loss, see `token_scores`."""
 
@@ -277,16 +385,70 @@ class TokenColumns(NamedTuple):
 class PairColumns(NamedTuple):
     """The C pairs of all processes, with which the rows of one process are compared."""
 
-    image_embeds: torch.Tensor  # (C, P)
-    text_embeds: torch.Tensor  # (C, P)
+    image_embeds: torch.Tensor | None  # (C, P); None with `sum_over_chunks`
+    text_embeds: torch.Tensor | None  # (C, P); None with `sum_over_chunks`
     caption_keys: torch.Tensor  # (C,)
     image_keys: torch.Tensor | None = None  # (C,)
     frequency_embeds: torch.Tensor | None = None  # (C, P)
     tokens: TokenColumns | None = None  # None: the token-level loss compares the pairs of this process only
+    # For the sigmoid loss: the sum of `sigmoid_losses(rows of this process, columns of each process)`; differentiable
+    sum_over_chunks: Callable[[Callable, SigmoidRows, SigmoidColumns], torch.Tensor] | None = None
 
 
 def _keys(pairs: PairEmbeddings | PairColumns) -> list[torch.Tensor]:
     return [pairs.caption_keys] if pairs.image_keys is None else [pairs.caption_keys, pairs.image_keys]
+
+
+def _info_nce_parts(
+    pairs: PairEmbeddings,
+    columns: PairColumns | None,
+    targets: torch.Tensor,
+    logit_scale: torch.Tensor,
+    frequency_logit_scale: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """`spatial_loss`, and `frequency_loss` if there is a frequency domain, by `instance_loss`."""
+    others: PairEmbeddings | PairColumns = pairs if columns is None else columns
+    parts = {
+        "spatial_loss": instance_loss(
+            pairs.image_embeds, pairs.text_embeds, logit_scale, targets, others.image_embeds, others.text_embeds
+        )
+    }
+    if pairs.frequency_embeds is not None and frequency_logit_scale is not None:
+        parts["frequency_loss"] = instance_loss(
+            pairs.frequency_embeds,
+            pairs.text_embeds,
+            frequency_logit_scale,
+            targets,
+            others.frequency_embeds,
+            others.text_embeds,
+        )
+    return parts
+
+
+def _sigmoid_parts(
+    pairs: PairEmbeddings,
+    columns: PairColumns | None,
+    scalars: tuple[torch.Tensor, torch.Tensor],
+    frequency_scalars: tuple[torch.Tensor | None, torch.Tensor | None],
+) -> dict[str, torch.Tensor]:
+    """`spatial_loss`, and `frequency_loss` if there is a frequency domain, by `sigmoid_losses`; `scalars` are scale and
+    bias."""
+    row_keys = _keys(pairs)
+    rows = SigmoidRows([pairs.image_embeds], [scalars[0]], [scalars[1]], row_keys)
+    frequency_scale, frequency_bias = frequency_scalars
+    if pairs.frequency_embeds is not None and frequency_scale is not None and frequency_bias is not None:
+        rows = SigmoidRows(
+            [pairs.image_embeds, pairs.frequency_embeds],
+            [scalars[0], frequency_scale],
+            [scalars[1], frequency_bias],
+            row_keys,
+        )
+    captions = SigmoidColumns(pairs.text_embeds, row_keys)
+    if columns is None or columns.sum_over_chunks is None:
+        losses = sigmoid_losses(rows, captions)
+    else:
+        losses = columns.sum_over_chunks(sigmoid_losses, rows, captions)
+    return dict(zip(("spatial_loss", "frequency_loss"), losses, strict=False))
 
 
 def multi_level_loss(
@@ -294,8 +456,11 @@ def multi_level_loss(
     logit_scale: torch.Tensor,
     frequency_logit_scale: torch.Tensor | None = None,
     token_logit_scale: torch.Tensor | None = None,
+    logit_bias: torch.Tensor | None = None,
+    frequency_logit_bias: torch.Tensor | None = None,
     frequency_loss_weight: float = 0.0,
     token_loss_weight: float = 0.0,
+    token_loss_type: str = "filip",
     token_loss_group_size: int | None = None,
     columns: PairColumns | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -306,8 +471,11 @@ def multi_level_loss(
         logit_scale: log of the inverse temperature of the spatial loss.
         frequency_logit_scale: log of the inverse temperature of the frequency loss.
         token_logit_scale: log of the inverse temperature of the token-level loss.
+        logit_bias: bias of the spatial loss, which is then the sigmoid loss; `None`: InfoNCE.
+        frequency_logit_bias: bias of the frequency loss; needed if there is a `logit_bias`.
         frequency_loss_weight: weight of the frequency loss; the spatial loss has weight 1.
         token_loss_weight: weight of the token-level loss.
+        token_loss_type: "filip" (`grouped_token_loss`) or "sparc" (`aligned_token_loss`).
         token_loss_group_size: see `grouped_token_loss`; not used if `columns` hold tokens of other processes.
         columns: the pairs of all processes; `None` if this process is the only one.
 
@@ -315,35 +483,30 @@ def multi_level_loss(
         Scalars, means over the rows: `spatial_loss`, `frequency_loss` and `token_loss` if computed, and `loss`.
     """
     row_keys = _keys(pairs)
-    targets = positive_targets(row_keys, row_keys if columns is None else _keys(columns))
-    others: PairEmbeddings | PairColumns = pairs if columns is None else columns
-    # Step (1): instance level, spatial domain
-    parts = {
-        "spatial_loss": instance_loss(
-            pairs.image_embeds, pairs.text_embeds, logit_scale, targets, others.image_embeds, others.text_embeds
-        )
-    }
+    column_keys = row_keys if columns is None else _keys(columns)
+    # Step (1): instance level, spatial and frequency domain
+    targets = None  # (R, C); the sigmoid loss needs none
+    if logit_bias is None:
+        targets = positive_targets(row_keys, column_keys)
+        parts = _info_nce_parts(pairs, columns, targets, logit_scale, frequency_logit_scale)
+    else:
+        frequency_scalars = (frequency_logit_scale, frequency_logit_bias)
+        parts = _sigmoid_parts(pairs, columns, (logit_scale, logit_bias), frequency_scalars)
     loss = parts["spatial_loss"]
-    # Step (2): instance level, frequency domain
-    if pairs.frequency_embeds is not None and frequency_logit_scale is not None:
-        parts["frequency_loss"] = instance_loss(
-            pairs.frequency_embeds,
-            pairs.text_embeds,
-            frequency_logit_scale,
-            targets,
-            others.frequency_embeds,
-            others.text_embeds,
-        )
+    if "frequency_loss" in parts:
         loss = loss + frequency_loss_weight * parts["frequency_loss"]
-    # Step (3): token level, both domains
+    # Step (2): token level, both domains
     if pairs.tokens is not None and token_logit_scale is not None:
         tokens = pairs.tokens
-        if columns is None or columns.tokens is None:
+        if token_loss_type == "sparc":
+            parts["token_loss"] = aligned_token_loss(tokens, token_logit_scale)
+        elif columns is None or columns.tokens is None:
             parts["token_loss"] = grouped_token_loss(tokens, row_keys, token_logit_scale, token_loss_group_size)
         else:  # the process of the image computes both scores of an image and a caption
             text = (columns.tokens.text_tokens, columns.tokens.text_mask)
             by_image, by_text = token_scores(tokens.image_tokens, tokens.image_weights, *text)
             scores = by_image, columns.tokens.swap_scores(by_text)
+            targets = positive_targets(row_keys, column_keys) if targets is None else targets
             parts["token_loss"] = token_loss(*scores, token_logit_scale, targets)
         loss = loss + token_loss_weight * parts["token_loss"]
     return {**parts, "loss": loss}

@@ -26,6 +26,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import (
+    CLIPMLP,
     CLIPAttention,
     CLIPEncoder,
     CLIPEncoderLayer,
@@ -87,8 +88,8 @@ class MLIPVisionOutput(BaseModelOutputWithPooling):
         frequency_hidden_state: `(B, M, F)`, frequency features of the merged tokens; `None` without a frequency stage.
         frequency_pooler_output: `(B, F)`, pooled over all patches before merging.
         token_sizes: `(B, M)` float32, the number of patches that each token replaces.
-        token_map: `(B, N)` int64, the index of the token that each patch became part of; only with
-            `output_token_map=True`.
+        token_map: `(B, N)` int64, the index of the token that each patch became part of, or -1 if `patch_dropout`
+            dropped the patch in training; only with `output_token_map=True`.
         hidden_states: a tuple of layers + 1 tensors `(B, K + tokens, D)`; the number of tokens falls with merging.
         attentions: a tuple with one tensor `(B, h, K + tokens, K + tokens)` for each layer, with the number of tokens
             at the input of the layer.
@@ -123,10 +124,11 @@ class MLIPOutput(ModelOutput):
 
     Args:
         loss: scalar, the weighted sum of the three losses below; only with `return_loss=True`.
-        spatial_loss: scalar, InfoNCE between spatial and text embeddings.
-        frequency_loss: scalar, InfoNCE between frequency and text embeddings.
+        spatial_loss: scalar, InfoNCE or the sigmoid loss between spatial and text embeddings.
+        frequency_loss: scalar, the same between frequency and text embeddings.
         token_loss: scalar, InfoNCE over token-level scores.
-        logits_per_image: `(B, T)`, cosine similarities times exp(`logit_scale`).
+        logits_per_image: `(B, T)`, cosine similarities times exp(`logit_scale`), plus `logit_bias` with the sigmoid
+            loss.
         logits_per_text: `(T, B)`, the transpose of `logits_per_image`.
         text_embeds: `(T, P)`, normalised.
         image_embeds: `(B, P)`, normalised: the spatial embedding plus `frequency_embed_weight` times the frequency
@@ -224,6 +226,11 @@ def split_prefix(states: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Te
     return states[:, :num_prefix_tokens], states[:, num_prefix_tokens:]
 
 
+def select_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """`(B, N, C)` and `(B, M)` int64 -> `(B, M, C)`, the tokens with these indices."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
 def select_queries(states: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
     """`(B, K + M, D)` -> `(B, Q, D)`, the tokens whose attention says which patch tokens are important: the prefix
     tokens, or all tokens of a tower without prefix tokens."""
@@ -258,6 +265,35 @@ class MLIPTextLayer(CLIPEncoderLayer):
         return hidden_states + scale_branch(branch, self.layer_scale2)
 
 
+def takes_bias(config: MLIPVisionConfig) -> bool:
+    """Whether the attention implementation of the tower adds a bias to its logits."""
+    return not any(name in config._attn_implementation for name in ("flash", "flex"))
+
+
+def add_size_channel(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, size_bias: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Moves the bias of the attention logits into one more channel, for kernels that take no bias.
+
+    The channel is 1/scale in every query and the bias in every key, so that `scale` times their product is the bias.
+    Zeros fill all heads up to a width that is divisible by 8, which the kernels need.
+
+    Args:
+        queries: `(B, h, S, d)`, like `keys` and `values`.
+        size_bias: `(B, 1, 1, S)`, see `log_size_bias`.
+        scale: factor of the attention logits.
+
+    Returns:
+        Queries, keys and values `(B, h, S, d')`; the output of attention is in its first d channels.
+    """
+    width = queries.shape[-1]
+    num_zeros = -(width + 1) % 8
+    bias_channel = size_bias.to(keys.dtype).transpose(2, 3).expand(-1, keys.shape[1], -1, -1)  # (B, h, S, 1)
+    queries = nn.functional.pad(nn.functional.pad(queries, (0, 1), value=1 / scale), (0, num_zeros))
+    keys = nn.functional.pad(torch.cat([keys, bias_channel], dim=-1), (0, num_zeros))
+    return queries, keys, nn.functional.pad(values, (0, 1 + num_zeros))
+
+
 class MLIPVisionAttention(CLIPAttention):
     """CLIP's attention, which also computes the guide of token merging on request."""
 
@@ -289,16 +325,13 @@ class MLIPVisionAttention(CLIPAttention):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        inputs = (queries, keys, values, attention_mask)
+        if attention_mask is not None and not takes_bias(self.config):
+            inputs = (*add_size_channel(queries, keys, values, attention_mask, self.scale), None)
         attn_output, attn_weights = attend(
-            self,
-            queries,
-            keys,
-            values,
-            attention_mask,
-            scaling=self.scale,
-            dropout=self.dropout if self.training else 0.0,
-            **kwargs,
+            self, *inputs, scaling=self.scale, dropout=self.dropout if self.training else 0.0, **kwargs
         )
+        attn_output = attn_output[..., : self.head_dim]  # (B, S, h, d), without the channels that were added
         attn_output = self.out_proj(attn_output.reshape(B, S, -1))
         guide = self._guide(guide_states, keys, attention_mask) if guide_states is not None else None
         return attn_output, attn_weights, guide
@@ -345,7 +378,7 @@ class MLIPVisionLayer(CLIPEncoderLayer):
 
         Args:
             hidden_states: `(B, K + N, D)`.
-            attention_mask: `(B, 1, 1, K + N)`, see `MLIPVisionEncoder.size_bias`; `None` before the first merge.
+            attention_mask: `(B, 1, 1, K + N)`, see `log_size_bias`; `None` before the first merge.
             frequency_states: `(B, N, F)`, or `None` without a frequency stage.
             frequency_importance: `(B, N)`, or `None` without a frequency stage.
             sizes: `(B, N)` float32, the number of patches that each token replaces.
@@ -471,7 +504,7 @@ class MLIPVisionEncoder(nn.Module):
                 **kwargs,
             )
             if assignment is not None:
-                attention_mask = self.size_bias(sizes, hidden_states.dtype)
+                attention_mask = log_size_bias(sizes, self.config.num_prefix_tokens, hidden_states.dtype)
                 token_map = compose(token_map.to(assignment.device), assignment) if output_token_map else None
         return MLIPVisionOutput(
             last_hidden_state=hidden_states,
@@ -490,17 +523,53 @@ class MLIPVisionEncoder(nn.Module):
                 removed[layer] = count
         return removed
 
-    def size_bias(self, sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`(B, M)` -> `(B, 1, 1, K + M)`: log(size) for each patch token and 0 for prefix tokens. Attention adds it to
-        its logits, so that a merged token counts as the patches that it replaces (proportional attention of ToMe, arXiv
-        2210.09461, equation 1)."""
-        # flex_attention needs one row of the bias for each query. With all rows its CPU kernel crashes.
-        if any(name in self.config._attn_implementation for name in ("flash", "flex")):
-            raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} cannot add the size of merged tokens to "
-                "attention; use 'sdpa' or 'eager', or set_merge_ratio(0)."
-            )
-        return nn.functional.pad(sizes.log().to(dtype), (self.config.num_prefix_tokens, 0))[:, None, None, :]
+
+def log_size_bias(sizes: torch.Tensor, num_prefix_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """`(B, M)` -> `(B, 1, 1, K + M)`: log(size) for each patch token and 0 for prefix tokens. Attention adds it to its
+    logits, so that a merged token counts as the patches that it replaces (proportional attention of ToMe, arXiv
+    2210.09461, equation 1)."""
+    return nn.functional.pad(sizes.log().to(dtype), (num_prefix_tokens, 0))[:, None, None, :]
+
+
+# Pooling
+
+
+class MLIPAttentionPoolingHead(nn.Module):
+    """SigLIP's pooling head: a learned query attends to all tokens, and an MLP with a residual connection follows.
+
+    Source: `SiglipMultiheadAttentionPoolingHead` of transformers, here with one Linear for each projection.
+    """
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.config = config
+        self.probe = nn.Parameter(torch.empty(1, 1, size))
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.v_proj = nn.Linear(size, size)
+        self.out_proj = nn.Linear(size, size)
+        self.layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+
+    def forward(self, tokens: torch.Tensor, size_bias: torch.Tensor | None) -> torch.Tensor:
+        """`(B, S, D)` -> `(B, D)`.
+
+        Args:
+            tokens: normalised by the post-LayerNorm.
+            size_bias: `(B, 1, 1, S)`, see `log_size_bias`; `None` if nothing merged.
+        """
+        B, heads = tokens.shape[0], self.config.num_attention_heads
+        query = self.q_proj(self.probe).unflatten(2, (heads, -1)).transpose(1, 2).expand(B, -1, -1, -1)  # (B, h, 1, d)
+        keys = self.k_proj(tokens).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, h, S, d)
+        values = self.v_proj(tokens).unflatten(2, (heads, -1)).transpose(1, 2)
+        pooled = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=size_bias)  # (B, h, 1, d)
+        pooled = self.out_proj(pooled.flatten(1))  # (B, D)
+        return pooled + self.mlp(self.layernorm(pooled))
+
+    def linear_map(self) -> torch.Tensor:
+        """`(D, D)`: the linear part of the map from one token to the pooled state."""
+        return self.out_proj.weight @ self.v_proj.weight
 
 
 # Models
@@ -526,6 +595,7 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
         "MLIPTextLayer",
         "MLIPVisionLayer",
         "MLIPFrequencyStage",
+        "MLIPAttentionPoolingHead",
     ]
     _can_record_outputs = {"hidden_states": CLIPEncoderLayer, "attentions": CLIPAttention}
 
@@ -560,6 +630,11 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             init_weight(module.patch_embedding, std)
             init.normal_(module.position_embedding.weight, std=std)
             init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
+        elif isinstance(module, MLIPAttentionPoolingHead):
+            std = module.config.hidden_size**-0.5 * factor
+            init.normal_(module.probe, std=std)
+            for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+                init_weight(projection, std)
         elif isinstance(module, MLIPFrequencyBlock):
             std = module.config.initializer_range * factor
             init.normal_(module.spectral_filter, std=std)
@@ -583,11 +658,14 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             for name, parameter in module.scalar_parameters().items():
                 if name.endswith("logit_scale"):
                     init.constant_(parameter, self.config.logit_scale_init_value)
+                elif name.endswith("logit_bias"):
+                    init.constant_(parameter, self.config.logit_bias_init_value)
         elif isinstance(module, MLIPVisionModelWithProjection):
-            init_weight(module.visual_projection, self.config.hidden_size**-0.5 * factor)
+            if self.config.use_visual_projection:
+                init_weight(module.visual_projection, self.config.hidden_size**-0.5 * factor)
             if module.frequency_projection is not None:
                 init_weight(module.frequency_projection, self.config.frequency_hidden_size**-0.5 * factor)
-        elif isinstance(module, MLIPTextModelWithProjection):
+        elif isinstance(module, MLIPTextModelWithProjection) and self.config.use_text_projection:
             init_weight(module.text_projection, self.config.hidden_size**-0.5 * factor)
         elif isinstance(module, MLIPForImageClassification) and isinstance(module.classifier, nn.Linear):
             init_weight(module.classifier, self.config.vision_config.hidden_size**-0.5 * factor)
@@ -609,6 +687,20 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             changed.merge_ratio = merge_ratio
             changed.validate()
             tower.config.merge_ratio = merge_ratio
+
+
+def text_projection_of(config: MLIPTextConfig) -> nn.Module:
+    """The map `(T, D)` -> `(T, P)` of pooled captions; no operation without `use_text_projection`."""
+    if not config.use_text_projection:
+        return nn.Identity()
+    return nn.Linear(config.hidden_size, config.projection_dim, bias=config.text_projection_bias)
+
+
+def visual_projection_of(config: MLIPVisionConfig) -> nn.Module:
+    """The map `(B, D)` -> `(B, P)` of pooled images; no operation without `use_visual_projection`."""
+    if not config.use_visual_projection:
+        return nn.Identity()
+    return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
 
 class MLIPTextModel(MLIPPreTrainedModel):
@@ -708,6 +800,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
         self.frequency = MLIPFrequencyStage(config) if config.frequency_layers > 0 else None
         self.encoder = MLIPVisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(size, eps=eps)
+        self.head = MLIPAttentionPoolingHead(config) if config.pooling == "attention" else None  # SigLIP's name
         self.post_init()
 
     @merge_with_config_defaults
@@ -740,14 +833,22 @@ class MLIPVisionModel(MLIPPreTrainedModel):
         # Step (1): patch, class and position embeddings and the pre-LayerNorm, as in CLIP
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         hidden_states = self.pre_layrnorm(hidden_states)
-        # Step (2): the frequency stage, added to the patch tokens
+        # Step (2): the frequency stage, added to the patch tokens; then patch dropout, in training
         frequency_states = pooled_frequency = frequency_importance = None
         if self.frequency is not None:
-            injection, frequency_states, pooled_frequency = self.frequency(pixel_values, grid)
+            height, width = (count * self.config.patch_size for count in grid)  # see `crop_to_patches`
+            injection, frequency_states, pooled_frequency = self.frequency(pixel_values[..., :height, :width], grid)
             injection = injection.to(hidden_states.device)
             prefix, patches = split_prefix(hidden_states, self.config.num_prefix_tokens)
             hidden_states = torch.cat([prefix, patches + injection], dim=1)
             frequency_importance = self._frequency_importance(frequency_states, pooled_frequency)
+        kept = self._kept_patches(hidden_states)
+        if kept is not None:
+            prefix, patches = split_prefix(hidden_states, self.config.num_prefix_tokens)
+            hidden_states = torch.cat([prefix, select_tokens(patches, kept)], dim=1)
+            if frequency_states is not None:
+                frequency_states = select_tokens(frequency_states, kept)
+                frequency_importance = frequency_importance.gather(1, kept)
         # Step (3): the encoder, with token merging
         outputs = self.encoder(
             hidden_states,
@@ -757,15 +858,27 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             caption_states=caption_states,
             **kwargs,
         )
-        # Step (4): pooling and the post-LayerNorm, as in CLIP
+        token_map = outputs.token_map
+        if token_map is not None and kept is not None:
+            token_map = token_map.new_full((len(token_map), grid[0] * grid[1]), -1).scatter(1, kept, token_map)
+        # Step (4): pooling and the post-LayerNorm, as in CLIP or SigLIP
         return MLIPVisionOutput(  # a new object: fields count in the order they are set, and `outputs[1]` is pooled
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.post_layernorm(self._pool(outputs)),
+            pooler_output=self._pool(outputs),
             frequency_hidden_state=outputs.frequency_hidden_state,
             frequency_pooler_output=pooled_frequency,
             token_sizes=outputs.token_sizes,
-            token_map=outputs.token_map,
+            token_map=token_map,
         )
+
+    def _kept_patches(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """`(B, kept)` int64, the sorted indices of the patches that `patch_dropout` keeps; `None` for all."""
+        if not self.training or self.config.patch_dropout == 0:
+            return None
+        B, N = hidden_states.shape[0], hidden_states.shape[1] - self.config.num_prefix_tokens
+        num_kept = self.config.count_kept_patches(N)
+        order = torch.rand(B, N, device=hidden_states.device).argsort(dim=1)
+        return order[:, :num_kept].sort(dim=1).values
 
     def _patch_grid(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None) -> tuple[int, int]:
         height, width = pixel_values.shape[-2:]
@@ -775,7 +888,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
                 f"pixel_values of {height} x {width} do not match image_size={side}; resize the images, for example "
                 "with the model's image processor, or pass interpolate_pos_encoding=True."
             )
-        if height % patch or width % patch:
+        if (height % patch or width % patch) and not self.config.crop_to_patches:
             raise ValueError(
                 f"pixel_values of {height} x {width} are not divisible by patch_size={patch}; resize the images, "
                 "for example with the model's image processor."
@@ -788,8 +901,14 @@ class MLIPVisionModel(MLIPPreTrainedModel):
         return nn.functional.cosine_similarity(states.float(), pooled.float()[:, None], dim=-1)
 
     def _pool(self, outputs: MLIPVisionOutput) -> torch.Tensor:
-        prefix, patches = split_prefix(outputs.last_hidden_state, self.config.num_prefix_tokens)
-        return prefix[:, 0] if self.config.pooling == "class" else size_weighted_mean(patches, outputs.token_sizes)
+        """`(B, D)`: the post-LayerNorm follows the class token or the mean, and precedes attention pooling."""
+        states, sizes, num_prefix = outputs.last_hidden_state, outputs.token_sizes, self.config.num_prefix_tokens
+        if self.head is not None:
+            size_bias = log_size_bias(sizes, num_prefix, states.dtype) if self.config.merge_ratio > 0 else None
+            return self.head(self.post_layernorm(states), size_bias)
+        prefix, patches = split_prefix(states, num_prefix)
+        pooled = prefix[:, 0] if self.config.pooling == "class" else size_weighted_mean(patches, sizes)
+        return self.post_layernorm(pooled)
 
 
 def size_weighted_mean(tokens: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -846,16 +965,20 @@ class MLIPModel(MLIPPreTrainedModel):
         has_token_loss = config.token_loss_weight > 0
         has_token_frequency = has_token_loss and has_stage and config.token_loss_frequency
 
-        def projection(size: int, wanted: bool = True) -> nn.Linear | None:
+        def projection(size: int, wanted: bool) -> nn.Linear | None:
             return nn.Linear(size, shared_size, bias=False) if wanted else None
 
         def logit_scale(wanted: bool = True) -> nn.Parameter | None:
             return nn.Parameter(torch.tensor(float(config.logit_scale_init_value))) if wanted else None
 
+        def logit_bias(wanted: bool = True) -> nn.Parameter | None:
+            wanted = wanted and config.instance_loss == "sigmoid"
+            return nn.Parameter(torch.tensor(float(config.logit_bias_init_value))) if wanted else None
+
         self.text_model = MLIPTextModel._from_config(config.text_config)
         self.vision_model = MLIPVisionModel._from_config(config.vision_config)
-        self.visual_projection = projection(vision_size)
-        self.text_projection = projection(text_size)
+        self.visual_projection = visual_projection_of(config.vision_config)
+        self.text_projection = text_projection_of(config.text_config)
         self.frequency_projection = projection(frequency_size, config.has_frequency_loss)
         self.token_visual_projection = projection(vision_size, has_token_loss)
         self.token_text_projection = projection(text_size, has_token_loss)
@@ -863,6 +986,8 @@ class MLIPModel(MLIPPreTrainedModel):
         self.logit_scale = logit_scale()
         self.frequency_logit_scale = logit_scale(config.has_frequency_loss)
         self.token_logit_scale = logit_scale(has_token_loss)
+        self.logit_bias = logit_bias()
+        self.frequency_logit_bias = logit_bias(config.has_frequency_loss)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -880,7 +1005,7 @@ class MLIPModel(MLIPPreTrainedModel):
             self.token_visual_projection,
             self.token_text_projection,
         )
-        return [projection for projection in projections if projection is not None]
+        return [projection for projection in projections if not isinstance(projection, nn.Identity | None)]
 
     def scalar_parameters(self) -> dict[str, nn.Parameter]:
         """The learned scalars of the losses by attribute name, such as `logit_scale`, the log of 1 / temperature."""
@@ -888,20 +1013,38 @@ class MLIPModel(MLIPPreTrainedModel):
 
     @torch.no_grad()
     def clamp_logit_scales(self) -> None:
-        """Limits every parameter named `*logit_scale` to `MAX_LOGIT_SCALE`, the range that the losses use.
+        """Limits the `logit_scale` of every InfoNCE to `MAX_LOGIT_SCALE`, the range that this loss uses.
 
-        Call it after each step of the optimizer. Other scalars, such as a bias, are left as they are.
+        Call it after each step of the optimizer. Other scalars are left as they are: biases, and the scales of the
+        sigmoid loss, which is not limited in SigLIP either.
         """
         for name, parameter in self.scalar_parameters().items():
-            if name.endswith("logit_scale"):
+            has_bias = getattr(self, name.replace("scale", "bias"), None) is not None
+            if name.endswith("logit_scale") and not has_bias:
                 parameter.clamp_(max=MAX_LOGIT_SCALE)
 
     @torch.no_grad()
     def start_tokens_from_projections(self) -> None:
         """Copies the instance-level projections to the token level, to start fine-tuning from CLIP weights."""
         if self.token_visual_projection is not None:
-            self.token_visual_projection.weight.copy_(self.visual_projection.weight)
-            self.token_text_projection.weight.copy_(self.text_projection.weight)
+            self.token_visual_projection.weight.copy_(self.token_to_embedding())
+            if self.config.text_config.use_text_projection:
+                self.token_text_projection.weight.copy_(self.text_projection.weight)
+            else:
+                nn.init.eye_(self.token_text_projection.weight)
+
+    @torch.no_grad()
+    def token_to_embedding(self) -> torch.Tensor:
+        """`(P, D)`: the linear part of the map from one token after the post-LayerNorm to the image embedding."""
+        head, layernorm = self.vision_model.head, self.vision_model.post_layernorm.weight
+        if head is not None:
+            pooling = head.linear_map()
+        else:
+            pooling = torch.eye(len(layernorm), dtype=layernorm.dtype, device=layernorm.device)
+        if not self.config.vision_config.use_visual_projection:
+            return pooling
+        projection = self.visual_projection.weight
+        return projection if head is None else projection @ pooling.to(projection.device)
 
     @can_return_tuple
     def get_text_features(
@@ -970,7 +1113,7 @@ class MLIPModel(MLIPPreTrainedModel):
         """`get_image_features` with the spatial embedding `(B, P)` only."""
         caption_states = None
         if text_embeds is not None:
-            weight = self.visual_projection.weight.detach()  # (P, D)
+            weight = self.token_to_embedding()  # (P, D)
             weight = weight * self.vision_model.post_layernorm.weight.detach().to(weight.device)
             caption_states = text_embeds.detach().to(weight.device) @ weight  # (B, P) @ (P, D)
         vision_outputs: MLIPVisionOutput = self.vision_model(
@@ -1040,6 +1183,8 @@ class MLIPModel(MLIPPreTrainedModel):
         image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
         logits_per_text = text_embeds @ image_embeds.t().to(text_embeds.device)
         logits_per_text = logits_per_text * self.logit_scale.exp().to(text_embeds.device)
+        if self.logit_bias is not None:
+            logits_per_text = logits_per_text + self.logit_bias.to(text_embeds.device)
         # Step (3): the inputs of the losses, and the losses
         pairs, losses = None, {}
         if return_loss or return_pairs:
@@ -1084,6 +1229,7 @@ class MLIPModel(MLIPPreTrainedModel):
             **to_device(self.scalar_parameters(), device),
             frequency_loss_weight=self.config.frequency_loss_weight,
             token_loss_weight=self.config.token_loss_weight,
+            token_loss_type=self.config.token_loss_type,
             token_loss_group_size=self.config.token_loss_group_size,
             columns=columns,
         )
@@ -1128,7 +1274,7 @@ class MLIPTextModelWithProjection(MLIPPreTrainedModel):
     def __init__(self, config: MLIPTextConfig):
         super().__init__(config)
         self.text_model = MLIPTextModel._from_config(config)
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = text_projection_of(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -1168,7 +1314,7 @@ class MLIPVisionModelWithProjection(MLIPPreTrainedModel):
     def __init__(self, config: MLIPVisionConfig):
         super().__init__(config)
         self.vision_model = MLIPVisionModel._from_config(config)
-        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = visual_projection_of(config)
         self.frequency_projection = None
         if config.frequency_layers and config.frequency_embed_weight:
             self.frequency_projection = nn.Linear(config.frequency_hidden_size, config.projection_dim, bias=False)
@@ -1207,7 +1353,10 @@ class MLIPVisionModelWithProjection(MLIPPreTrainedModel):
 
 
 class MLIPForImageClassification(MLIPPreTrainedModel):
-    """The vision tower and a linear classifier on the mean of the patch tokens, weighted by their sizes."""
+    """The vision tower and a linear classifier on the mean of the patch tokens, weighted by their sizes.
+
+    As in transformers' SigLIP, the post-LayerNorm precedes the mean if the tower pools by attention.
+    """
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -1234,6 +1383,8 @@ class MLIPForImageClassification(MLIPPreTrainedModel):
         given."""
         outputs: MLIPVisionOutput = self.vision_model(pixel_values, **kwargs)
         _, patches = split_prefix(outputs.last_hidden_state, self.config.vision_config.num_prefix_tokens)
+        if self.config.vision_config.pooling == "attention":
+            patches = self.vision_model.post_layernorm(patches)
         logits = self.classifier(size_weighted_mean(patches, outputs.token_sizes))
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         return ImageClassifierOutput(

@@ -15,6 +15,8 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
+from modeling_mlip.hub.extras import install_hint
+
 from .arguments import METRIC_SCHEDULERS, MLIPTrainingArguments
 
 # Metrics of `MLIPTrainer.evaluate`, without the prefix "eval_".
@@ -150,7 +152,8 @@ def check_integrations(args: MLIPTrainingArguments) -> None:
             choices = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             raise ValueError(f"report_to={name!r} is unknown: choose none, or from {choices}.")
         if name not in ("flyte", *get_available_reporting_integrations()):
-            raise ValueError(f"report_to={name!r}: its package is not installed; install it, or choose 'none'.")
+            install = install_hint("train") if name == "tensorboard" else "install it"
+            raise ValueError(f"report_to={name!r}: its package is not installed; {install}, or choose 'none'.")
 
 
 def check_evaluation(args: MLIPTrainingArguments, has_eval_dataset: bool) -> None:

@@ -32,8 +32,8 @@ class ModelArguments:
     tokenizer_name: str | None = field(
         default=None,
         metadata={
-            "help": "A CLIP tokenizer: a folder or a Hub id. If not given, the tokenizer of --model_name_or_path is "
-            "used; from scratch, a tokenizer is trained on the captions."
+            "help": "A CLIP tokenizer: a folder or a Hub id. By default the tokenizer of --model_name_or_path; with "
+            "--config_name, a tokenizer is trained on the captions of the training data."
         },
     )
     attn_implementation: str = field(
@@ -103,6 +103,27 @@ class MLIPTrainingArguments(TrainingArguments):
             "help": "Fraction of patch tokens merged in the first step. It changes linearly to the model's "
             "--merge_ratio in the last step. A high value such as 0.9 makes early steps cheap. Evaluation and the "
             "saved model use --merge_ratio."
+        },
+    )
+    start_patch_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of patch tokens dropped at random in the first step (FLIP). It changes linearly to the "
+            "model's --patch_dropout. Evaluation keeps all patches."
+        },
+    )
+    steps_without_patch_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Last steps that drop no patches, so that the model learns from whole images; a value below 1 is a "
+            "fraction of all steps."
+        },
+    )
+    start_image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels of the images of the first step, a multiple of the patch size. It grows by whole "
+            "patches to the model's --image_size in the last steps."
         },
     )
     mini_batch_size: int | None = field(

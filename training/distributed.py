@@ -5,14 +5,19 @@ Each process compares its own R rows with the C rows of all processes, so it com
 `(C, C)`. The backward pass of each collective sums the gradients of a row over all processes. `Exchange.row_share` and
 the mean that DDP and FSDP take over processes turn these sums into the gradient of the mean over all C rows, for any
 distribution of the rows.
+
+A loss that is a sum over columns, such as the sigmoid loss, needs no more than the columns of one process at a time
+(`Exchange.sum_over_chunks`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 def num_processes() -> int:
@@ -84,7 +89,8 @@ class Exchange:
         leaves, spec = tree_flatten(structure)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         lengths = [length for tensor in tensors for length in tensor.shape[1:]]
-        largest = [max(column) for column in zip(*gather_numbers(*lengths, device=self.device), strict=True)]
+        all_lengths = gather_numbers(*lengths, device=self.device) if lengths else []
+        largest = [max(column) for column in zip(*all_lengths, strict=True)]
         gathered = []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
@@ -96,6 +102,28 @@ class Exchange:
     def swap_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """`(R, C)`, own images against all captions -> `(C, R)`, all images against own captions, with gradients."""
         return _SwapScores.apply(scores, self.rows)
+
+    def sum_over_chunks(self, block: Callable[[Any, Any], torch.Tensor], rows: Any, chunk: Any) -> torch.Tensor:
+        """The sum of `block(rows, chunk)` over the chunks of all processes, with gradients.
+
+        The chunks go from process to process, so that a process holds its own chunk and one other. The backward pass
+        sends them round again, each with its gradient, and computes every block a second time. So neither the columns
+        nor the scores of all processes are ever in memory (Zhai et al. 2023, arXiv 2303.15343, section 3.3).
+
+        Args:
+            block: `(rows, chunk)` -> a tensor whose shape does not depend on the chunk; without side effects.
+            rows: nested structure of tensors that stay in this process: its rows, and parameters.
+            chunk: nested structure of tensors `(R, ...)` of this process. Only the first axis may differ between
+                processes.
+        """
+        if len(self.rows) == 1:
+            return block(rows, chunk)
+        leaves, spec = tree_flatten((rows, chunk))
+
+        def block_of_leaves(tensors: list[torch.Tensor]) -> torch.Tensor:
+            return block(*tree_unflatten(tensors, spec))
+
+        return _SumOverChunks.apply(block_of_leaves, self.rows, len(tree_leaves(rows)), *leaves)
 
 
 def _pad(tensor: torch.Tensor, shape: list[int]) -> torch.Tensor:
@@ -152,3 +180,72 @@ class _SwapScores(torch.autograd.Function):
         dist.all_to_all_single(received, sent, sizes, sizes)  # (R, R_s) of each process s
         blocks = [block.view(num_rows, count) for block, count in zip(received.split(sizes), rows, strict=True)]
         return torch.cat(blocks, dim=1), None
+
+
+class _SumOverChunks(torch.autograd.Function):
+    """See `Exchange.sum_over_chunks`. The first `num_staying` tensors stay in this process, the others travel."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        block: Callable[[list[torch.Tensor]], torch.Tensor],
+        rows: list[int],
+        num_staying: int,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.block, ctx.rows, ctx.num_staying = block, rows, num_staying
+        ctx.save_for_backward(*tensors)
+        staying, chunk = list(tensors[:num_staying]), list(tensors[num_staying:])
+        total = block(staying + chunk)
+        for step in range(1, len(rows)):
+            chunk = _pass_on(chunk, rows, step)
+            total = total + block(staying + chunk)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[Any, ...]:
+        rows = ctx.rows
+        staying, chunk = list(ctx.saved_tensors[: ctx.num_staying]), list(ctx.saved_tensors[ctx.num_staying :])
+        needed = [place for place, is_needed in enumerate(ctx.needs_input_grad[3:]) if is_needed]
+        # Sums of gradients, in at least float32. Those of the chunk travel with it, and in the end they are home.
+        sums = {place: _zeros_for_sum(ctx.saved_tensors[place]) for place in needed}
+        travelling = [place for place in needed if place >= ctx.num_staying]
+        for step in range(1, len(rows) + 1):
+            inputs = [tensor.detach().requires_grad_(place in sums) for place, tensor in enumerate(staying + chunk)]
+            with torch.enable_grad():
+                output = ctx.block(inputs)
+            gradients = torch.autograd.grad(output, [inputs[place] for place in needed], gradient)
+            for place, gradient_of_block in zip(needed, gradients, strict=True):
+                sums[place] += gradient_of_block
+            if step < len(rows):
+                chunk = _pass_on(chunk, rows, step)
+            received = _pass_on([sums[place] for place in travelling], rows, step)
+            sums.update(zip(travelling, received, strict=True))
+        results = [sums[place].to(tensor.dtype) if place in sums else None
+                   for place, tensor in enumerate(ctx.saved_tensors)]  # fmt: skip
+        return None, None, None, *results
+
+
+def _zeros_for_sum(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _pass_on(tensors: list[torch.Tensor], rows: list[int], step: int) -> list[torch.Tensor]:
+    """Sends tensors `(rows of a process, ...)` to the previous process in the ring, and receives those of the next one.
+
+    Args:
+        rows: of each process.
+        step: 1 for the first time that the tensors move. The received tensors belong to the process `step` ranks
+            further on.
+    """
+    rank, num = dist.get_rank(), len(rows)
+    num_rows = rows[(rank + step) % num]
+    received = [tensor.new_empty(num_rows, *tensor.shape[1:]) for tensor in tensors]
+    transfers = []
+    for tag, (sent, place) in enumerate(zip(tensors, received, strict=True)):
+        transfers.append(dist.P2POp(dist.isend, sent.contiguous(), (rank - 1) % num, tag=tag))
+        transfers.append(dist.P2POp(dist.irecv, place, (rank + 1) % num, tag=tag))
+    for transfer in dist.batch_isend_irecv(transfers) if transfers else []:
+        transfer.wait()
+    return received

@@ -121,16 +121,21 @@ class ModelLosses(ObjectivePart):
 
     def columns(self, model: Any, rows: PairEmbeddings, exchange: Exchange) -> PairColumns | None:
         """`None` with one process. Of the tokens, processes exchange those of captions and later the scores: image
-        tokens, which are more, stay where they are."""
+        tokens, which are more, stay where they are. With the sigmoid loss, caption embeddings travel in chunks."""
         if len(exchange.rows) == 1:
             return None
         tokens = None
-        is_global = self.token_loss_scope == "global" and model.config.token_loss_group_size is None
+        config = model.config
+        is_global = config.token_loss_type == "filip" and config.token_loss_group_size is None
+        is_global = is_global and self.token_loss_scope == "global"
         if rows.tokens is not None and is_global:
             text_tokens, text_mask = exchange.gather((rows.tokens.text_tokens, rows.tokens.text_mask))
             tokens = TokenColumns(text_tokens, text_mask, swap_scores=exchange.swap_scores)
-        gathered = exchange.gather(rows._replace(tokens=None))
-        return PairColumns(**{**gathered._asdict(), "tokens": tokens})
+        rows = rows._replace(tokens=None)
+        if config.instance_loss == "info_nce":
+            return PairColumns(**{**exchange.gather(rows)._asdict(), "tokens": tokens})
+        keys = exchange.gather((rows.caption_keys, rows.image_keys))
+        return PairColumns(None, None, *keys, tokens=tokens, sum_over_chunks=exchange.sum_over_chunks)
 
     def forward(self, model: Any, rows: PairEmbeddings, columns: PairColumns | None) -> dict[str, torch.Tensor]:
         losses = model.compute_losses(rows, columns)

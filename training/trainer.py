@@ -5,14 +5,13 @@ trainer = MLIPTrainer(model, MLIPTrainingArguments("out"), train_dataset=train, 
 trainer.train()
 """
 
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sized
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPProcessor, TrainerCallback
@@ -21,7 +20,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from modeling_mlip import MLIPModel
 from modeling_mlip.data.collators import EvaluationCollator, PairCollator
 from modeling_mlip.data.skip_budget import SkipBudget
-from modeling_mlip.hub.errors import error_line
 
 from .argument_checks import check_training_arguments
 from .arguments import MLIPTrainingArguments
@@ -30,6 +28,7 @@ from .distributed import Exchange, average_gradients, gather_numbers, num_proces
 from .mini_batches import RandomState, count_mini_batches, floating_tensors, join_rows, split_rows
 from .objective import ModelLosses, Objective
 from .retrieval_evaluation import RetrievalEvaluationMixin, build_dataset
+from .schedules import StepSchedule, resize_images
 from .step_guard import StepGuard
 from .training_log import TrainingLog
 
@@ -151,7 +150,7 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
     def _prepare_model(self) -> None:
         """Checks what the run needs of the model, and adapts the model to DDP, FSDP and DeepSpeed."""
         model, args = self.model, self.args
-        check_start_merge_ratio(model, args.start_merge_ratio)
+        self.schedule = StepSchedule(model, args)
         if self.is_deepspeed_enabled and args.mini_batch_size is not None:
             raise ValueError(
                 f"mini_batch_size={args.mini_batch_size}: DeepSpeed runs the backward pass of a loss only. Leave it "
@@ -192,7 +191,8 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
         self.training_objective.on_step_begin(self.accelerator.unwrap_model(model))
         num_pairs = len(inputs["input_ids"])
         count = count_mini_batches(num_pairs, self.args.mini_batch_size, self.args.device)
-        with self._merge_ratio_of_step():
+        with self.schedule.applied(self.state.global_step, self.state.max_steps) as settings:
+            inputs = self._resize_images(inputs, settings.image_size)
             self._log_tokens(inputs["pixel_values"])
             if count == 1:
                 loss = super().training_step(model, inputs, num_items_in_batch)
@@ -202,24 +202,18 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
             self._finish_gradients(model)
         return loss
 
-    @contextmanager
-    def _merge_ratio_of_step(self) -> Iterator[None]:
-        """Sets the merge ratio between `start_merge_ratio` and the model's own, which is restored afterwards."""
-        start, end = self.args.start_merge_ratio, self.model.config.merge_ratio
-        if start is not None:
-            progress = self.state.global_step / max(self.state.max_steps - 1, 1)
-            self.model.set_merge_ratio(start + (end - start) * progress)
-        try:
-            yield
-        finally:
-            if start is not None:
-                self.model.set_merge_ratio(end)
+    def _resize_images(self, inputs: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+        """The batch with images of the size of this step."""
+        if image_size is None:
+            return inputs
+        pixel_values = resize_images(inputs["pixel_values"].to(self.args.device), image_size)
+        return {**inputs, "pixel_values": pixel_values, "interpolate_pos_encoding": True}
 
     def _log_tokens(self, pixel_values: torch.Tensor) -> None:
         model = self.accelerator.unwrap_model(self.model)
         height, width = pixel_values.shape[-2:]
         patch_size = model.config.vision_config.patch_size
-        num_patches = (height // patch_size) * (width // patch_size)
+        num_patches = model.config.vision_config.count_kept_patches((height // patch_size) * (width // patch_size))
         self.training_log.set_tokens(num_patches, model.vision_model.encoder.tokens_removed(num_patches))
 
     def compute_loss(
@@ -428,15 +422,3 @@ def check_batch(args: MLIPTrainingArguments, train_dataset: Any) -> None:
             f"One process uses {args.n_gpu} GPUs, so each GPU would compare only its share of the batch; start one "
             "process per GPU: accelerate launch, or torchrun --nproc_per_node."
         )
-
-
-def check_start_merge_ratio(model: MLIPModel, start_merge_ratio: float | None) -> None:
-    """Raises ValueError if the model cannot run at `start_merge_ratio`."""
-    if start_merge_ratio is None:
-        return
-    merge_ratio = model.config.merge_ratio
-    try:
-        model.set_merge_ratio(start_merge_ratio)
-    except StrictDataclassError as error:
-        raise ValueError(f"start_merge_ratio={start_merge_ratio}: {error_line(error)}") from error
-    model.set_merge_ratio(merge_ratio)

@@ -51,6 +51,8 @@ def metrics_table(record: dict[str, Any], equal: str) -> list[dict[str, Any]]:
     for arm, runs in runs_by_arm(record, equal).items():
         row: dict[str, Any] = {"": arm, "seeds": len(runs), "steps": runs[0]["steps"]}
         row["step time / CLIP's"] = record["step_seconds"][arm] / record["step_seconds"]["CLIP"]
+        if arm in (gflops := record.get("step_gflops", {})):
+            row["FLOPs of a run / CLIP's"] = gflops[arm] * row["steps"] / (gflops["CLIP"] * record["data"]["steps"])
         for name in SHOWN:
             if name in runs[0]:
                 row[name.replace("_", " ")] = mean_and_spread([run[name] for run in runs])

@@ -1,5 +1,6 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""The study: CLIP, CLIP with ToMe, ELIP, MLIP and MLIP without each of its parts, at equal steps and at equal compute.
+"""The study: CLIP, FLIP, growing images, ToMe, ELIP, MLIP and MLIP without each of its parts, at equal compute and at
+equal steps.
 
     python benchmarks/study/run.py --data noto-emoji --train_file train.parquet --validation_file test.parquet
     python benchmarks/study/run.py --data shapes
@@ -9,9 +10,10 @@
 A data set is a JSON file, see study_data.py; `--data my-data.json` takes one of yours. All arms use `MLIPTrainer`, the
 configuration `tiny`, the same data, schedule and initialisation; they differ in the overrides that `ARMS` lists.
 
-Compute is the CPU time of training steps on one core. `calibrate` measures it for all arms in turn, and an arm at equal
-compute trains for as many steps as fit into CLIP's time. Decoding is not measured: images are decoded once, before
-training, and augmented in batches. Runs that are in the result file are not repeated, so an interrupted study resumes.
+Compute is the CPU time of training steps on one core. `calibrate` measures it for the requested arms and CLIP in turn,
+and counts their FLOPs. An arm at equal compute trains for as many steps as fit into CLIP's time. Decoding is not
+measured: images are decoded once, before training, and augmented in batches. Runs that are in the result file are not
+repeated, so an interrupted study resumes, and arms can be added to it.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 from study_data import PIXEL_MEAN, PIXEL_STD, InMemoryPairs, StudyData, augment, load_study_data, read_study_data
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPProcessor, set_seed
 
@@ -39,14 +42,20 @@ from modeling_mlip.evaluation.embedding import class_embeddings, evaluating
 from modeling_mlip.evaluation.metrics import retrieval_metrics, zero_shot_metrics
 from modeling_mlip.hub.configurations import named_config, override_config
 from modeling_mlip.training.arguments import MLIPTrainingArguments
+from modeling_mlip.training.schedules import StepSchedule, resize_images
 from modeling_mlip.training.trainer import MLIPTrainer
 
 RESULTS = Path(__file__).parent / "results"
 CLIP = {"frequency_layers": 0, "frequency_loss_weight": 0, "token_loss_weight": 0}
 HALF = {"merge_ratio": 0.5}
 FALLING = {"start_merge_ratio": 0.9}  # a training argument, not a configuration key
+# Keys of an arm that are training arguments; all others are configuration keys.
+SCHEDULE = ("start_merge_ratio", "start_patch_dropout", "steps_without_patch_dropout", "start_image_size")
 ARMS: dict[str, dict[str, Any]] = {
     "CLIP": CLIP,
+    "FLIP": {**CLIP, "patch_dropout": 0.5, "steps_without_patch_dropout": 0.1},
+    "FLIP, falling dropout": {**CLIP, "patch_dropout": 0.5, "start_patch_dropout": 0.9},
+    "Growing images": {**CLIP, "start_image_size": 32},
     "CLIP + ToMe": {**CLIP, **HALF, "merge_method": "tome"},
     "CLIP + ToMe, falling ratio": {**CLIP, **HALF, **FALLING, "merge_method": "tome"},
     "ELIP": {**CLIP, **HALF, "merge_method": "elip"},
@@ -58,6 +67,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "MLIP, no merging": {},
     "MLIP at 0.3": {"merge_ratio": 0.3, **FALLING},
     "MLIP at 0.7": {"merge_ratio": 0.7, **FALLING},
+    "MLIP, SPARC token loss": {**HALF, **FALLING, "token_loss_type": "sparc", "token_loss_weight": 0.5},
+    "MLIP, patch dropout": {**HALF, "start_patch_dropout": 0.8},
 }
 INFERENCE_RATIOS = (0.0, 0.3, 0.5, 0.7)
 # Arms that are evaluated at every ratio of INFERENCE_RATIOS.
@@ -74,7 +85,7 @@ IMAGES_AT_ONCE, CAPTIONS_AT_ONCE = 100, 1000
 
 def build_arm_model(arm: str, tokenizer: Any, image_size: int) -> MLIPModel:
     """Build `tiny` with the overrides of an arm and the special ids of the tokenizer."""
-    overrides = {name: value for name, value in ARMS[arm].items() if name != "start_merge_ratio"}
+    overrides = {name: value for name, value in ARMS[arm].items() if name not in SCHEDULE}
     config = named_config("tiny")
     if image_size != config.vision_config.image_size:
         overrides["image_size"] = image_size
@@ -121,7 +132,7 @@ def training_arguments(
     return MLIPTrainingArguments(
         folder,
         max_steps=steps,
-        start_merge_ratio=ARMS[arm].get("start_merge_ratio"),
+        **{name: value for name, value in ARMS[arm].items() if name in SCHEDULE},
         per_device_train_batch_size=data.batch,
         learning_rate=data.learning_rate,
         seed=seed,
@@ -218,10 +229,14 @@ def flatten(captions: list[list[str]]) -> list[str]:
 # Equal compute
 
 
-def calibrate(data: StudyData, rounds: int, bf16: bool) -> dict[str, float]:
-    """CPU seconds of a training step of each arm: the median over rounds, in each of which all arms take one step.
+def calibrate(data: StudyData, arms: list[str], rounds: int, bf16: bool) -> dict[str, dict[str, float]]:
+    """The cost of a training step of each arm.
 
-    The merge ratio of some arms falls during training. Their seconds are the mean at three points of the schedule.
+    The settings of some arms change during training. Their cost is the mean at 1/6, 3/6 and 5/6 of the run.
+
+    Returns:
+        "step_seconds": CPU seconds, the median over rounds, in each of which all arms take one step.
+        "step_gflops": matrix products, convolutions and attention of the forward and the backward pass.
     """
     torch.set_num_threads(1)
     set_seed(0)
@@ -230,25 +245,46 @@ def calibrate(data: StudyData, rounds: int, bf16: bool) -> dict[str, float]:
     texts = [image_captions[0] for image_captions in captions[: data.batch]]
     batch = dict(tokenizer(texts, padding=True, truncation=True, max_length=MAX_SEQ_LENGTH, return_tensors="pt"))
     batch["pixel_values"] = (images[: data.batch].float() / 255 - PIXEL_MEAN) / PIXEL_STD
-    models = {arm: build_arm_model(arm, tokenizer, data.image_size).train() for arm in ARMS}
+    models = {arm: build_arm_model(arm, tokenizer, data.image_size).train() for arm in arms}
     optimizers = {arm: torch.optim.AdamW(model.parameters(), lr=1e-5) for arm, model in models.items()}
-    seconds: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
-    for _ in tqdm(range(rounds + 1), desc="calibration"):
+    schedules = {
+        arm: StepSchedule(model, training_arguments(data, arm, 0, 7, False, "unused")) for arm, model in models.items()
+    }
+    seconds: dict[str, list[list[float]]] = {arm: [] for arm in arms}
+    gflops: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in tqdm(range(rounds + 1), desc="calibration"):
         for arm, model in models.items():
             seconds[arm].append([])
-            for ratio in ratios_to_time(arm):
-                model.set_merge_ratio(ratio)
-                seconds[arm][-1].append(time_step(model, optimizers[arm], batch, bf16))
-    return {
-        arm: statistics.mean(statistics.median(values) for values in zip(*of_rounds[1:], strict=True))
+            for step in (1, 3, 5):
+                with schedules[arm].applied(step, 7) as settings:
+                    inputs = batch
+                    if settings.image_size is not None:
+                        pixel_values = resize_images(batch["pixel_values"], settings.image_size)
+                        inputs = {**batch, "pixel_values": pixel_values, "interpolate_pos_encoding": True}
+                    if number == 0:
+                        with FlopCounterMode(display=False) as counter:
+                            time_step(model, optimizers[arm], inputs, bf16)
+                        gflops[arm].append(counter.get_total_flops() / 1e9)
+                    else:
+                        seconds[arm][-1].append(time_step(model, optimizers[arm], inputs, bf16))
+    medians = {
+        arm: [statistics.median(values) for values in zip(*of_rounds[1:], strict=True)]
         for arm, of_rounds in seconds.items()
+    }
+    return {
+        "step_seconds": {arm: statistics.mean(values) for arm, values in medians.items()},
+        "step_gflops": {arm: round(statistics.mean(values), 3) for arm, values in gflops.items()},
     }
 
 
-def ratios_to_time(arm: str) -> list[float]:
-    """The merge ratio of an arm, or the ratios after 1/6, 3/6 and 5/6 of a run where it falls."""
-    end, start = ARMS[arm].get("merge_ratio", 0), ARMS[arm].get("start_merge_ratio")
-    return [end] if start is None else [start + (end - start) * k / 6 for k in (1, 3, 5)]
+def add_costs(record: dict[str, Any], costs: dict[str, dict[str, float]]) -> None:
+    """Adds the costs of new arms to a record. Times are scaled, so that CLIP keeps its time and ratios are those of one
+    calibration."""
+    known = record.setdefault("step_seconds", {})
+    factor = known.get("CLIP", costs["step_seconds"]["CLIP"]) / costs["step_seconds"]["CLIP"]
+    for arm, seconds in costs["step_seconds"].items():
+        known.setdefault(arm, seconds * factor)
+    record.setdefault("step_gflops", {}).update(costs["step_gflops"])
 
 
 def time_step(model: MLIPModel, optimizer: torch.optim.Optimizer, batch: dict[str, Any], bf16: bool) -> float:
@@ -311,9 +347,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     path = flags.output_dir / f"{data.name}.json"
     record = start_record(path, data, flags.bf16)
-    if "step_seconds" not in record:
-        seconds = calibrate(data, flags.calibration_rounds, flags.bf16)
-        record |= {"machine": describe_processor(), "bf16": flags.bf16, "step_seconds": seconds}
+    uncalibrated = [arm for arm in flags.arms if arm not in record.get("step_seconds", {})]
+    if uncalibrated:
+        add_costs(
+            record, calibrate(data, list(dict.fromkeys(["CLIP", *uncalibrated])), flags.calibration_rounds, flags.bf16)
+        )
+        record = {"machine": describe_processor(), "bf16": flags.bf16, **record}
         write_record(path, record)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
@@ -328,15 +367,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def start_record(path: Path, data: StudyData, bf16: bool) -> dict[str, Any]:
-    """Read the result file, or begin a new one.
+    """Read the result file, or begin a new one. Arms that are new since then are added to it.
 
     Raises:
         SystemExit: if the result file holds runs with other settings.
     """
-    record = json.loads(path.read_text()) if path.exists() else {"arms": ARMS, "data": data.record(), "runs": []}
-    if record["arms"] != ARMS or record["data"] != data.record() or record.get("bf16", bf16) != bf16:
+    record = json.loads(path.read_text()) if path.exists() else {"arms": {}, "data": data.record(), "runs": []}
+    changed = [arm for arm, settings in record["arms"].items() if ARMS.get(arm) != settings]
+    if changed or record["data"] != data.record() or record.get("bf16", bf16) != bf16:
         raise SystemExit(f"{path} holds runs with other settings; move it to another folder to start again.")
-    return record
+    return {**record, "arms": ARMS}
 
 
 def missing_runs(record: dict[str, Any], flags: argparse.Namespace) -> list[tuple[str, int, int]]:

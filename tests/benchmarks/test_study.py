@@ -19,6 +19,8 @@ STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
 sys.path.insert(0, str(STUDY))
 from run import (  # noqa: E402
     ARMS,
+    add_costs,
+    calibrate,
     do_runs,
     evaluate_settings,
     mean_recalls,
@@ -58,7 +60,9 @@ def test_the_committed_results_resume_with_the_committed_descriptions(name):
     record = json.loads((STUDY / "results" / f"{name}.json").read_text())
     data = read_study_data(name)
     assert data.record() == record["data"]
-    assert start_record(STUDY / "results" / f"{name}.json", data, bf16=True) == record
+    resumed = start_record(STUDY / "results" / f"{name}.json", data, bf16=True)
+    assert resumed == {**record, "arms": ARMS}
+    assert {arm: ARMS[arm] for arm in record["arms"]} == record["arms"]
     flags = argparse.Namespace(equal=["compute"], seeds=[0], arms=["CLIP", "MLIP"])
     assert missing_runs(record, flags) == []
 
@@ -196,6 +200,32 @@ def test_equal_compute_gives_more_steps_to_an_arm_with_cheaper_steps():
     steps = {equal: steps_of(record, "MLIP", equal) for equal in ("steps", "compute", "short")}
     assert steps == {"steps": 100, "compute": 250, "short": 150}
     assert "CLIP" in ARMS and steps_of(record, "CLIP", "compute") == 100
+
+
+def test_new_arms_are_added_in_proportion_to_the_time_of_clip():
+    record = {"step_seconds": {"CLIP": 2.0, "MLIP": 0.8}}
+    add_costs(record, {"step_seconds": {"CLIP": 4.0, "FLIP": 1.0}, "step_gflops": {"CLIP": 9.0, "FLIP": 3.0}})
+    assert record["step_seconds"] == {"CLIP": 2.0, "MLIP": 0.8, "FLIP": 0.5}
+    assert record["step_gflops"] == {"CLIP": 9.0, "FLIP": 3.0}
+
+
+def test_calibration_measures_the_settings_of_the_schedule(described):
+    description = json.loads(described.read_text())
+    described.write_text(json.dumps({**description, "image_size": 64}))  # 64 patches
+    arms = ["CLIP", "FLIP, falling dropout", "Growing images"]
+    costs = calibrate(read_study_data(str(described)), arms, rounds=1, bf16=False)
+    gflops = costs["step_gflops"]
+    assert all(costs["step_seconds"][arm] > 0 for arm in arms)
+    # On average, falling dropout keeps 30 % of the patches, and growing images have about half.
+    assert 0.2 < gflops["FLIP, falling dropout"] / gflops["CLIP"] < 0.45
+    assert 0.4 < gflops["Growing images"] / gflops["CLIP"] < 0.75
+
+
+def test_an_arm_whose_settings_have_changed_is_refused(described, tmp_path):
+    path, data = tmp_path / "results.json", read_study_data(str(described))
+    path.write_text(json.dumps({"arms": {"CLIP": {}}, "data": data.record(), "runs": []}))
+    with pytest.raises(SystemExit, match="holds runs with other settings"):
+        start_record(path, data, bf16=True)
 
 
 def test_other_settings_than_those_of_the_result_file_are_refused(described, tmp_path):

@@ -48,6 +48,7 @@ def test_merge_keys_are_stored_in_the_vision_configuration_only(tmp_path):
         ({"token_loss_weight": -1}, "token_loss_weight=-1"),
         ({"token_loss_weight": float("inf")}, "token_loss_weight=inf"),
         ({"frequency_loss_weight": float("nan")}, "frequency_loss_weight=nan"),
+        ({"instance_loss": "softmax"}, "instance_loss='softmax' is unknown; choose one of 'info_nce', 'sigmoid'"),
         ({"vision_config": {"frequency_hidden_size": 0}}, "frequency_hidden_size=0: choose 1 or more"),
         ({"vision_config": {"merge_importance_weight": float("nan")}}, "merge_importance_weight=nan"),
         ({"vision_config": {"merge_importance_weight": -1}}, "merge_importance_weight=-1"),

@@ -10,6 +10,7 @@ from conftest import open_gate, pairs_batch, small_config, small_model
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoImageProcessor, CLIPImageProcessor, CLIPProcessor, Trainer, TrainingArguments, pipeline
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_mlip import MLIPForImageClassification, MLIPModel
 from modeling_mlip.data.caption_tokenizer import train_tokenizer
@@ -167,13 +168,25 @@ def test_image_classification(folder, image):
 # Attention backends
 
 
-@pytest.mark.parametrize("backend", ["flash_attention_2", "flex_attention"])
-def test_attention_backends_without_a_mask_are_refused_with_merging(batch, backend):
-    model = small_model(vision={"merge_ratio": 0.5})
-    encoder = model.vision_model.encoder
-    encoder.config._attn_implementation_internal = backend  # as if installed
-    with pytest.raises(ValueError, match=f"'{backend}' cannot add the size of merged tokens.*'sdpa' or 'eager'"):
-        encoder.size_bias(torch.ones(1, 4), torch.float32)
+def attend_without_bias(module, queries, keys, values, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Stands for flash attention: no bias, heads whose width is divisible by 8."""
+    assert attention_mask is None and queries.shape[-1] % 8 == values.shape[-1] % 8 == 0
+    outputs = (queries @ keys.transpose(2, 3) * scaling).softmax(dim=-1) @ values
+    return outputs.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.1)])
+def test_a_kernel_that_takes_no_bias_attends_in_proportion_to_size(monkeypatch, dtype, tolerance):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_stand_in", attend_without_bias)
+    tower = small_model(vision={"merge_ratio": 0.5}).vision_model.eval()
+    pixel_values = pairs_batch()["pixel_values"]
+    expected = tower(pixel_values).pooler_output
+    tower.to(dtype)
+    sdpa = tower(pixel_values.to(dtype)).pooler_output
+    tower.config._attn_implementation_internal = "flash_stand_in"
+    fused = tower(pixel_values.to(dtype)).pooler_output
+    torch.testing.assert_close(fused, sdpa, rtol=0, atol=tolerance)
+    torch.testing.assert_close(fused.float(), expected.float(), rtol=0, atol=max(tolerance, 1e-5))
 
 
 # CLIP_benchmark

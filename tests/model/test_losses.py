@@ -5,18 +5,25 @@ import math
 
 import pytest
 import torch
+from open_clip.loss import SigLipLoss
+from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from modeling_mlip.losses import (
     MAX_LOGIT_SCALE,
     PairEmbeddings,
+    SigmoidColumns,
+    SigmoidRows,
     TokenEmbeddings,
     caption_keys,
     grouped_token_loss,
     info_nce,
     instance_loss,
     multi_level_loss,
+    positive_pairs,
     positive_targets,
+    sigmoid_loss,
+    sigmoid_losses,
     temperature,
     to_device,
     token_loss,
@@ -99,6 +106,70 @@ def test_half_precision_logits_are_summed_in_float32():
     targets = torch.zeros(2, 5000)
     targets[:, 0] = 1
     assert info_nce(logits, targets) == pytest.approx(math.log(5000), rel=1e-6)
+
+
+def test_distinct_pairs_give_the_sigmoid_loss_of_siglip_and_open_clip_with_gradients():
+    torch.manual_seed(0)
+    tower = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+                 patch_size=4, vocab_size=30, max_position_embeddings=6)  # fmt: skip
+    siglip = SiglipModel(SiglipConfig(text_config=tower, vision_config=tower)).double().eval()
+    scale, bias = siglip.logit_scale, siglip.logit_bias
+    with torch.no_grad():
+        scale.fill_(math.log(117))  # above CLIP's maximum
+        bias.fill_(-12.9)
+    inputs = {"input_ids": torch.randint(2, 30, (5, 6)), "pixel_values": torch.randn(5, 3, 8, 8).double()}
+    outputs = siglip(**inputs, return_loss=True)
+    images, texts = outputs.image_embeds, outputs.text_embeds
+    pairs = PairEmbeddings(images, texts, caption_keys=torch.arange(5), image_keys=torch.arange(5))
+    ours = multi_level_loss(pairs, scale[0], logit_bias=bias[0])["loss"]
+    torch.testing.assert_close(ours, outputs.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours, SigLipLoss()(images, texts, scale[0].exp(), bias[0]), rtol=1e-12, atol=0)
+    wanted = [scale, bias, images, texts, siglip.vision_model.embeddings.patch_embedding.weight]
+    our_gradients = torch.autograd.grad(ours, wanted, retain_graph=True)
+    their_gradients = torch.autograd.grad(outputs.loss, wanted)
+    for our_gradient, their_gradient in zip(our_gradients, their_gradients, strict=True):
+        torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_sigmoid_loss_with_duplicates_equals_a_loop_over_pairs():
+    torch.manual_seed(0)
+    images, frequency, texts = unit(6, 8), unit(6, 8), unit(6, 8)
+    captions, image_ids = torch.tensor([0, 1, 0, 3, 4, 5]), torch.tensor([9, 8, 7, 6, 8, 5])
+    scales = [torch.tensor(value, dtype=torch.float64) for value in (2.0, 1.5)]
+    biases = [torch.tensor(value, dtype=torch.float64) for value in (-3.0, 0.5)]
+
+    def loop(embeds, scale, bias):
+        total = 0.0
+        for i in range(6):
+            for j in range(6):
+                logit = math.exp(scale) * float(embeds[i] @ texts[j]) + float(bias)
+                z = 1 if captions[i] == captions[j] or image_ids[i] == image_ids[j] else -1
+                total -= math.log(1 / (1 + math.exp(-z * logit)))
+        return total / 6
+
+    expected = [loop(*given) for given in zip((images, frequency), scales, biases, strict=True)]
+    pairs = PairEmbeddings(images, texts, captions, image_ids, frequency_embeds=frequency)
+    losses = multi_level_loss(
+        pairs, *scales, logit_bias=biases[0], frequency_logit_bias=biases[1], frequency_loss_weight=0.3
+    )
+    assert [float(losses["spatial_loss"]), float(losses["frequency_loss"])] == pytest.approx(expected, rel=1e-12)
+    assert float(losses["loss"]) == pytest.approx(expected[0] + 0.3 * expected[1], rel=1e-12)
+    rows = SigmoidRows([images, frequency], scales, biases, [captions, image_ids])
+    blocks = [slice(0, 1), slice(1, 4), slice(4, 6)]  # the losses of blocks of captions add up
+    in_blocks = sum(sigmoid_losses(rows, SigmoidColumns(texts[b], [captions[b], image_ids[b]])) for b in blocks)
+    assert in_blocks.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_sigmoid_loss_of_bfloat16_embeddings_is_computed_in_float32():
+    torch.manual_seed(0)
+    images, texts = unit(40, 16).bfloat16(), unit(40, 16).bfloat16()
+    positives = positive_pairs([torch.arange(40)], [torch.arange(40)])
+    scalars = torch.tensor(2.3), torch.tensor(-10.0)
+    expected = sigmoid_loss(images.double(), texts.double(), *scalars, positives)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = sigmoid_loss(images, texts, *scalars, positives)
+    assert ours.dtype == torch.float32
+    assert float(ours) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_temperature_is_clamped_at_100():

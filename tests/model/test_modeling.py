@@ -1,6 +1,8 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """modeling_mlip.py against transformers' CLIP with the same weights, and token merging against plain references."""
 
+import math
+
 import pytest
 import torch
 from conftest import open_gate, small_config, small_model
@@ -286,22 +288,36 @@ def test_mean_pooling_is_weighted_by_size(batch):
 
 
 def test_scalar_parameters_returns_every_scalar_and_only_temperatures_are_clamped():
-    class WithBias(MLIPModel):
+    class WithOffset(MLIPModel):
         def __init__(self, config):
             super().__init__(config)
-            self.logit_bias = torch.nn.Parameter(torch.tensor(50.0))
+            self.offset = torch.nn.Parameter(torch.tensor(50.0))
 
-    model = WithBias(small_config())
+    model = WithOffset(small_config())
     scales = ["logit_scale", "frequency_logit_scale", "token_logit_scale"]
-    assert list(model.scalar_parameters()) == [*scales, "logit_bias"]
+    assert list(model.scalar_parameters()) == [*scales, "offset"]
     assert list(small_model(vision={"frequency_layers": 0}, token_loss_weight=0).scalar_parameters()) == scales[:1]
     with torch.no_grad():
         model.logit_scale.fill_(9.0)
         model.token_logit_scale.fill_(-9.0)
     model.clamp_logit_scales()
     assert model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
-    assert model.token_logit_scale.item() == -9 and model.logit_bias.item() == 50
+    assert model.token_logit_scale.item() == -9 and model.offset.item() == 50
     assert model.logit_scale.requires_grad
+
+
+def test_a_sigmoid_model_has_biases_in_its_logits_and_scales_without_a_maximum(batch):
+    keys = {"instance_loss": "sigmoid", "logit_scale_init_value": 5.0, "logit_bias_init_value": -13}
+    model = MLIPModel(small_config(**keys)).eval()
+    biases = {name: scalar.item() for name, scalar in model.scalar_parameters().items() if "bias" in name}
+    assert biases == {"logit_bias": -13, "frequency_logit_bias": -13}
+    model.clamp_logit_scales()
+    assert model.logit_scale.item() == model.frequency_logit_scale.item() == 5
+    assert model.token_logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)  # this loss is InfoNCE
+    outputs = model(**batch)
+    expected = outputs.text_embeds @ outputs.image_embeds.t() * math.exp(5) - 13
+    torch.testing.assert_close(outputs.logits_per_text, expected)
+    assert MLIPModel(small_config()).logit_bias is None
 
 
 @pytest.mark.parametrize("vision", [{}, {"frequency_layers": 0}, {"use_class_token": False, "pooling": "mean"}])

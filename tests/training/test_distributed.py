@@ -4,7 +4,8 @@
     python tests/training/test_distributed.py    # the table of docs/training.md
 
 Float64, on the CPU, through `MLIPTrainer.training_step`. Each number of processes is started once for all its cases.
-The cases "toy part" show that the suite holds for a part of the objective that is defined in this file alone.
+The cases "toy part" show that the suite holds for a part of the objective that is defined in this file alone. The same
+processes count what they send, for benchmarks/exchange_cost.py.
 """
 
 import functools
@@ -12,6 +13,7 @@ import inspect
 import os
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,13 +23,19 @@ import torch.multiprocessing
 from accelerate.state import AcceleratorState, DistributedType
 from conftest import open_gate, pairs_batch, small_model
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from modeling_mlip import MLIPModel
 from modeling_mlip.losses import PairEmbeddings, positive_targets, token_loss, token_scores
 from modeling_mlip.training.arguments import MLIPTrainingArguments
+from modeling_mlip.training.distributed import Exchange
 from modeling_mlip.training.mini_batches import RandomState, join_rows, split_rows
 from modeling_mlip.training.objective import ModelLosses, Objective, ObjectivePart
 from modeling_mlip.training.trainer import NO_DECAY, MLIPTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from exchange_cost import Shapes, count_sent, global_tokens_sent, info_nce_sent, keys_sent, sigmoid_sent  # noqa: E402
 
 NUM_PAIRS = 11
 SHARES = {1: [11], 2: [4, 7], 3: [2, 4, 5]}  # pairs of each process
@@ -74,6 +82,8 @@ def cases(world_size: int, quick: bool) -> dict[str, dict]:
         "mini-batches, duplicates": {**duplicates, **split},
         "plain, toy part": {"toy": True},
         "mini-batches, toy part": {"toy": True, **split},
+        "plain, duplicates, sigmoid": {**duplicates, "sigmoid": True},
+        "mini-batches, duplicates, sigmoid": {**duplicates, **split, "sigmoid": True},
     }
     if world_size == 2:
         both = {**duplicates, **split, "steps": 2}
@@ -94,15 +104,16 @@ def cases(world_size: int, quick: bool) -> dict[str, dict]:
             "mini-batches, toy part, FSDP2": {"toy": True, "steps": 2, **split, **FSDP},
         }
     if quick:
-        short = ("plain", "plain, duplicates", "mini-batches", "plain, toy part", "mini-batches, toy part")
-        chosen |= {name: {**chosen[name], "steps": 2} for name in short}
+        chosen |= {name: {**case, "steps": 2} for name, case in chosen.items() if name != "mini-batches, duplicates"}
     return chosen
 
 
-def make_model(dropout: float = 0.0, group_size: int | None = None) -> MLIPModel:
+def make_model(dropout: float = 0.0, group_size: int | None = None, sigmoid: bool = False) -> MLIPModel:
     tower = {"attention_dropout": dropout}
     vision = {"merge_ratio": 0.5, "num_hidden_layers": 3, "patch_size": 8, **tower}
-    return open_gate(small_model(vision=vision, text=tower, token_loss_group_size=group_size)).double().train()
+    instance_loss = "sigmoid" if sigmoid else "info_nce"
+    model = small_model(vision=vision, text=tower, token_loss_group_size=group_size, instance_loss=instance_loss)
+    return open_gate(model).double().train()
 
 
 def make_batch(duplicates: bool, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -187,11 +198,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_case(
-    duplicates: bool = False, steps: int = STEPS, group_size: int | None = None, toy: bool = False, **arguments
+    duplicates: bool = False,
+    steps: int = STEPS,
+    group_size: int | None = None,
+    toy: bool = False,
+    sigmoid: bool = False,
+    **arguments,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Gradients of the first step and weights after the last one."""
     AcceleratorState._reset_state()
-    trainer = make_trainer(make_model(group_size=group_size), toy, **arguments)
+    trainer = make_trainer(make_model(group_size=group_size, sigmoid=sigmoid), toy, **arguments)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     assert isinstance(model, FSDPModule) == ("fsdp" in arguments)
     parameters = parameters_of(model, trainer.training_objective)
@@ -219,6 +235,57 @@ def let_accelerate_shard_on_the_cpu() -> None:
     AcceleratorState.__init__ = start_with_plugin
 
 
+class ShapeRecorder(TorchDispatchMode):
+    """Collects the shapes of all tensors that are computed, in the backward pass too."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        self.shapes |= {tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)}
+        return outputs
+
+
+def measure_exchanges(rank: int, world_size: int) -> dict[tuple[bool, bool], tuple[int, int, bool]]:
+    """(sigmoid, global tokens) -> bytes and collectives that the losses of this process take, and whether a tensor had
+    the shape of all its scores."""
+    measured = {}
+    for sigmoid in (False, True):
+        for has_global_tokens in (False, True):
+            model = make_model(group_size=None if has_global_tokens else 2, sigmoid=sigmoid)
+            batch = share_of(make_batch(duplicates=True), rank, world_size)
+            inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask", "image_ids")}
+            pairs = model(**inputs, return_pairs=True).pairs
+            rows = tree_map_only(
+                torch.Tensor, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, pairs
+            )
+            part, exchange = ModelLosses(), Exchange(len(batch["image_ids"]))
+            with count_sent() as sent, ShapeRecorder() as recorder:
+                columns = part.columns(model, rows, exchange)
+                torch.stack(list(part(model, rows, columns).values())).sum().backward()
+            has_all_scores = (exchange.num_rows, NUM_PAIRS) in recorder.shapes
+            measured[sigmoid, has_global_tokens] = (sent["num_bytes"], sent["num_exchanges"], has_all_scores)
+    return measured
+
+
+def check_exchanges(world_size: int, folder: Path) -> None:
+    """What each process sent is what benchmarks/exchange_cost.py computes from the shapes."""
+    rows = SHARES[world_size]
+    longest = int(make_batch(duplicates=True)["attention_mask"].sum(dim=1).max())
+    shapes = Shapes(width=24, text_tokens=longest, float_bytes=8)
+    for rank in range(world_size):
+        measured = torch.load(folder / f"exchanges-{world_size}-{rank}.pt")
+        for (sigmoid, has_global_tokens), (num_bytes, num_exchanges, has_all_scores) in measured.items():
+            given = rows, rank, shapes
+            expected = [keys_sent(*given), sigmoid_sent(*given) if sigmoid else info_nce_sent(*given, 3)]
+            expected += [global_tokens_sent(*given)] if has_global_tokens else []
+            assert num_bytes == sum(sent.num_bytes for sent in expected), (sigmoid, has_global_tokens)
+            assert num_exchanges == sum(sent.num_exchanges for sent in expected), (sigmoid, has_global_tokens)
+            assert has_all_scores == (has_global_tokens or not sigmoid)
+
+
 def run_process(rank: int, world_size: int, quick: bool, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
@@ -226,6 +293,7 @@ def run_process(rank: int, world_size: int, quick: bool, port: int, folder: str)
     let_accelerate_shard_on_the_cpu()
     results = {name: run_case(**case) for name, case in cases(world_size, quick).items()}
     torch.save(results, f"{folder}/{world_size}-{rank}.pt")
+    torch.save(measure_exchanges(rank, world_size), f"{folder}/exchanges-{world_size}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -248,9 +316,10 @@ def reference(
     gradient_accumulation_steps: int = 1,
     local_tokens_of: int | None = None,
     toy: bool = False,
+    sigmoid: bool = False,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The same by one plain batch in one process, without trainer, wrapper, exchange or mini-batch."""
-    model = make_model(group_size=group_size)
+    model = make_model(group_size=group_size, sigmoid=sigmoid)
     part = ToyPart()
     parameters = parameters_of(model, Objective([part] if toy else [ModelLosses()]))
     has_no_decay = {
@@ -315,6 +384,10 @@ def test_gradients_and_weights_equal_those_of_one_large_batch(world_size, tmp_pa
             assert largest_difference(results[name]["weights"], expected["weights"]) < 1e-9, name
             for kind, tensors in results[name].items():  # and all processes agree to the bit
                 assert all(torch.equal(tensors[key], by_rank[0][name][kind][key]) for key in tensors), (name, kind)
+    if world_size > 1:
+        check_exchanges(world_size, tmp_path)
+    else:
+        assert all(measured[:2] == (0, 0) for measured in measure_exchanges(0, 1).values())
 
 
 def test_the_reference_would_notice_a_loss_within_the_process():
