@@ -10,6 +10,8 @@ benchmark prints and writes:
 - damage: mean of 1 - cosine of merged and unmerged embedding, and its standard error over the images;
 - neighbours: percentage of images whose nearest other image stays the same;
 - speed-up: ratio of the FLOPs without and with merging.
+
+A second table compares placements at equal speed-up, with `merge_method="ward"`. `mlip convert --speedup` follows it.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from transformers import Dinov2Model
 
 from modeling_mlip import MLIPVisionConfig, MLIPVisionModel
 from modeling_mlip.configuration_mlip import MERGE_METHODS
+from modeling_mlip.conversion.speedup import find_merge_ratio
 from modeling_mlip.hub.atomic_files import write_atomically
 from modeling_mlip.hub.formatting import format_table
 
@@ -37,6 +40,8 @@ RESULTS = Path(__file__).parent / "results" / "training_free_merging.json"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DINOv2 was trained
 PLACEMENTS = [[3, 6, 9], [6, 7, 8], [2, 5, 8], [1, 3, 5], [0, 1, 2]]
 RATIOS = [0.3, 0.5, 0.7]
+SPEEDUPS = [1.25, 1.5, 1.75, 2.0, 2.5]
+PLACEMENTS_AT_SPEEDUP = [[3, 6, 9], [2, 5, 8], [1, 4, 7], [0, 3, 6], [1, 3, 5], [0, 1, 2], [1, 3, 5, 7, 9]]
 # The parameters of a layer: Dinov2's name -> CLIP's name.
 LAYER_NAMES = {
     "norm1": "layer_norm1",
@@ -169,6 +174,29 @@ def measure(tower: MLIPVisionModel, pixel_values: torch.Tensor) -> list[dict[str
     return rows
 
 
+def measure_at_speedup(tower: MLIPVisionModel, pixel_values: torch.Tensor) -> list[dict[str, Any]]:
+    """A row for each speed-up and placement that reaches it, with `merge_method="ward"`."""
+    unmerged = embed(tower, pixel_values)
+    depth = tower.config.num_hidden_layers
+    rows = []
+    for speedup in tqdm(SPEEDUPS, desc="speed-ups"):
+        for layers in PLACEMENTS_AT_SPEEDUP:
+            if max(layers) >= depth:
+                continue
+            tower.config.merge_layers, tower.config.merge_method = layers, "ward"
+            try:
+                merge_ratio = find_merge_ratio(tower.config, layers, speedup)
+            except ValueError:
+                continue
+            tower.set_merge_ratio(merge_ratio)
+            damage = 1 - (embed(tower, pixel_values) * unmerged).sum(dim=1)
+            tower.set_merge_ratio(0)
+            error = (damage.std() / len(damage) ** 0.5).item()
+            row = {"speed_up": speedup, "layers": layers, "merge_ratio": merge_ratio}
+            rows.append({**row, "damage": damage.mean().item(), "standard_error": error})
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", required=True, help="Folder or Hub id of a Dinov2Model.")
@@ -180,16 +208,19 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.num_images < 2:
         parser.error(f"--num_images {flags.num_images}: give 2 or more, each needs a nearest neighbour.")
     tower = load_tower(flags.tower, flags.image_size)
-    rows = measure(tower, load_images(flags.images, flags.num_images, flags.image_size))
+    pixel_values = load_images(flags.images, flags.num_images, flags.image_size)
+    rows, at_speedup = measure(tower, pixel_values), measure_at_speedup(tower, pixel_values)
     record = {
         "tower": Path(flags.tower).name,
         "images": f"{flags.num_images} of {Path(flags.images).parent.name}/{Path(flags.images).name}",
         "image_size": flags.image_size,
         "machine": f"{platform.machine()}, torch {torch.__version__}",
         "rows": rows,
+        "speedups": at_speedup,
     }
     write_atomically(flags.output, json.dumps(record, indent=1) + "\n")
-    print(format_table([{**row, "layers": str(row["layers"])} for row in rows]))
+    for table in (rows, at_speedup):
+        print(format_table([{**row, "layers": str(row["layers"])} for row in table]))
 
 
 if __name__ == "__main__":

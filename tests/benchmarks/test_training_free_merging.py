@@ -43,6 +43,8 @@ def test_the_tower_equals_the_original(folder):
 
 def test_the_benchmark_writes_a_row_for_each_setting(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "PLACEMENTS", [[0, 1], [3, 9]])  # the second is deeper than the tower
+    monkeypatch.setattr(benchmark, "PLACEMENTS_AT_SPEEDUP", [[1], [3], [9]])
+    monkeypatch.setattr(benchmark, "SPEEDUPS", [1.5])
     output = tmp_path / "out.json"
     flags = ["--tower", str(folder), "--images", str(folder / "images.parquet"), "--output", str(output)]
     benchmark.main([*flags, "--num_images", "4", "--image_size", "56"])
@@ -51,6 +53,7 @@ def test_the_benchmark_writes_a_row_for_each_setting(folder, tmp_path, monkeypat
     assert len(rows) == 3 * 4 and {row["method"] for row in rows} == {"mlip", "ward", "tome", "elip"}
     assert all(row["of_tome"] == 1 for row in rows if row["method"] == "tome")
     assert all(row["damage"] > 0 and row["speed_up"] > 1 for row in rows)
+    assert [row["layers"] for row in record["speedups"]] == [[1]]  # merging in the last layer alone saves too little
     assert str(folder.parent) not in output.read_text()
     tower = benchmark.load_tower(str(folder), 56)
     images = benchmark.load_images(str(folder / "images.parquet"), 4, 56)
