@@ -4,9 +4,7 @@
     python benchmarks/training_cost.py
 
 FLOPs of the forward pass of one pair are counted by torch at 224 pixels and with captions of 77 tokens, as if every one
-were of full length; a backward pass counts twice a forward pass, and mini-batches another forward pass. The token loss
-is added by its formula, 2 * pairs compared * image tokens * caption tokens * width for each pair, four times: forward,
-recomputed, and backward. Hours are FLOPs / (peak of the accelerator * utilisation); the utilisation is assumed.
+were of full length; a backward pass counts twice a forward pass, and mini-batches another forward pass. Hours are FLOPs / (peak of the accelerator * utilisation); the utilisation is assumed.
 """
 
 import argparse
@@ -33,18 +31,16 @@ MERGE_RATIO = 0.5
 PEAKS = {"A100": 312e12, "H100": 989e12}  # bfloat16, dense, as NVIDIA's data sheets have them
 
 
-def pair_flops(name: str, merge_ratio: float, batch: int) -> tuple[float, float]:
-    """FLOPs for one pair: the forward pass without the loss, and the token loss with its backward pass."""
+def pair_flops(name: str, merge_ratio: float) -> float:
+    """FLOPs of the forward pass of one pair, without the losses."""
     config = override_config(named_config(name), {"merge_ratio": merge_ratio})
     model = MLIPModel(config).eval()
     size = config.vision_config.image_size
     ids = torch.randint(0, config.text_config.vocab_size - 2, (1, CAPTION_LENGTH))
     ids[:, -1] = config.text_config.eos_token_id
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        pairs = model(pixel_values=torch.zeros(1, 3, size, size), input_ids=ids, return_pairs=True).pairs
-    compared = min(config.token_loss_group_size or batch, batch)
-    token_loss = 4 * 2 * compared * pairs.tokens.image_tokens.shape[1] * CAPTION_LENGTH * config.projection_dim
-    return counter.get_total_flops(), token_loss
+        model(pixel_values=torch.zeros(1, 3, size, size), input_ids=ids)
+    return counter.get_total_flops()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,14 +50,13 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     rows = []
     for run, (name, millions, epochs, batch, accelerators, mini_batches) in RUNS.items():
-        flops, token_loss = pair_flops(name, MERGE_RATIO, batch)
+        flops = pair_flops(name, MERGE_RATIO)
         passes = 4 if mini_batches else 3
-        total = (passes * flops + token_loss) * millions * 1e6 * epochs
+        total = passes * flops * millions * 1e6 * epochs
         row = {
             "recipe": run,
             "steps": round(millions * 1e6 * epochs / batch),
             "GFLOPs forward": flops / 1e9,
-            "GFLOPs token loss": token_loss / 1e9,
             "EFLOPs in all": total / 1e18,
         }
         for accelerator, peak in PEAKS.items():

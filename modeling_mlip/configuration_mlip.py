@@ -126,8 +126,9 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
             the tokens with the most attention and fuses all others into one).
         merge_caption_weight: fraction of the caption in the state whose attention ranks the tokens; only for `"elip"`,
             in training.
-        merge_importance_weight: weight of one standard deviation of importance against cosine similarity when pairs are
-            ranked; 0 leaves importance out.
+        merge_importance_weight: weight of one standard deviation of importance (the guide) against cosine similarity
+            when pairs are ranked. It is 0 by default, which leaves importance out, because the guide gained no recall
+            in the study (docs/results.md); 0.1 is the weight studied.
         patch_dropout: fraction of the patch tokens that training drops at random before the encoder (FLIP, Li et al.
             2023, arXiv 2212.00794), `0 <= patch_dropout < 1`; merging removes `merge_ratio` of the others. Evaluation
             keeps all patches, and the frequency stage sees all patches.
@@ -158,7 +159,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     merge_ratio: float | int = 0.0
     merge_layers: list[int] | None = None
     merge_method: str = "mlip"
-    merge_importance_weight: float | int = 0.1
+    merge_importance_weight: float | int = 0.0
     merge_caption_weight: float | int = 0.5
     patch_dropout: float | int = 0.0
     frequency_layers: int = 2
@@ -207,7 +208,7 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
         _validate_choice("pooling", self.pooling, ("class", "mean", "attention"))
         if self.pooling == "class" and not self.use_class_token:
             raise ValueError(
-                "pooling='class' needs use_class_token=True; choose pooling='mean' or 'attention' without a class token."
+                "pooling='class' needs use_class_token=True; choose pooling='mean' or 'attention' without class token."
             )
         if self.frequency_layers < 0:
             raise ValueError(f"frequency_layers={self.frequency_layers}: choose 0 (no frequency stage) or more.")
@@ -274,7 +275,8 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
         logit_bias_init_value: initial value of the biases of the sigmoid loss.
         initializer_factor: factor on the standard deviation of the initial projections; each tower has its own factor.
         frequency_loss_weight: weight of the loss between frequency and caption embeddings; 0 leaves the loss out.
-        token_loss_weight: weight of the token-level loss; 0 leaves the loss out.
+        token_loss_weight: weight of the token-level loss; 0 leaves the loss out. It is 0 by default, because the loss
+            gained no recall in the study (docs/results.md). `mlip visualize` and reranking need a weight above 0.
         token_loss_type: `"filip"` compares the tokens of every image with those of every caption (late interaction,
             arXiv 2111.07783); `"sparc"` compares, within each pair, every caption token with the image tokens that are
             similar to it (arXiv 2401.09865), at a cost linear in the batch.
@@ -304,7 +306,7 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
     logit_bias_init_value: float | int = -10.0
     initializer_factor: float | int = 1.0
     frequency_loss_weight: float | int = 1.0
-    token_loss_weight: float | int = 0.1
+    token_loss_weight: float | int = 0.0
     token_loss_type: str = "filip"
     token_loss_group_size: int | None = 32
     token_loss_frequency: bool = False

@@ -35,10 +35,11 @@ TEXT = dict(
 
 def small_config(vision: dict | None = None, text: dict | None = None, **model_keys) -> MLIPConfig:
     return MLIPConfig(
-        vision_config={**VISION, **(vision or {})},
+        vision_config={**VISION, "merge_importance_weight": 0.1, **(vision or {})},
         text_config={**TEXT, **(text or {})},
         projection_dim=24,
-        **{"token_loss_frequency": True, "token_loss_group_size": None, **model_keys},  # every part, all pairs
+        # Every part, all pairs.
+        **{"token_loss_weight": 0.1, "token_loss_frequency": True, "token_loss_group_size": None, **model_keys},
     )
 
 

@@ -47,6 +47,8 @@ from modeling_mlip.training.trainer import MLIPTrainer
 
 RESULTS = Path(__file__).parent / "results"
 CLIP = {"frequency_layers": 0, "frequency_loss_weight": 0, "token_loss_weight": 0}
+# The two parts of MLIP that are off by default, because they gained no recall.
+PARTS = {"token_loss_weight": 0.1, "merge_importance_weight": 0.1}
 HALF = {"merge_ratio": 0.5}
 FALLING = {"start_merge_ratio": 0.9}  # a training argument, not a configuration key
 # Keys of an arm that are training arguments; all others are configuration keys.
@@ -59,16 +61,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "CLIP + ToMe": {**CLIP, **HALF, "merge_method": "tome"},
     "CLIP + ToMe, falling ratio": {**CLIP, **HALF, **FALLING, "merge_method": "tome"},
     "ELIP": {**CLIP, **HALF, "merge_method": "elip"},
-    "MLIP": {**HALF, **FALLING},
-    "MLIP, no frequency": {**HALF, **FALLING, "frequency_layers": 0, "frequency_loss_weight": 0},
-    "MLIP, no token loss": {**HALF, **FALLING, "token_loss_weight": 0},
-    "MLIP, no guide": {**HALF, **FALLING, "merge_importance_weight": 0},
-    "MLIP, no falling ratio": HALF,
-    "MLIP, no merging": {},
-    "MLIP at 0.3": {"merge_ratio": 0.3, **FALLING},
-    "MLIP at 0.7": {"merge_ratio": 0.7, **FALLING},
-    "MLIP, SPARC token loss": {**HALF, **FALLING, "token_loss_type": "sparc", "token_loss_weight": 0.5},
-    "MLIP, patch dropout": {**HALF, "start_patch_dropout": 0.8},
+    "MLIP": {**PARTS, **HALF, **FALLING},
+    "MLIP, no frequency": {**PARTS, **HALF, **FALLING, "frequency_layers": 0, "frequency_loss_weight": 0},
+    "MLIP, no token loss": {**PARTS, **HALF, **FALLING, "token_loss_weight": 0},
+    "MLIP, no guide": {**PARTS, **HALF, **FALLING, "merge_importance_weight": 0},
+    "MLIP, no falling ratio": {**PARTS, **HALF},
+    "MLIP, no merging": PARTS,
+    "MLIP at 0.3": {**PARTS, "merge_ratio": 0.3, **FALLING},
+    "MLIP at 0.7": {**PARTS, "merge_ratio": 0.7, **FALLING},
+    "MLIP, SPARC token loss": {**PARTS, **HALF, **FALLING, "token_loss_type": "sparc", "token_loss_weight": 0.5},
+    "MLIP, patch dropout": {**PARTS, **HALF, "start_patch_dropout": 0.8},
 }
 INFERENCE_RATIOS = (0.0, 0.3, 0.5, 0.7)
 # Arms that are evaluated at every ratio of INFERENCE_RATIOS.

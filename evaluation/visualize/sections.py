@@ -63,6 +63,8 @@ def _importance_section(model: MLIPModel, inspection: Inspection, path: Path) ->
         text += " The merge method of this run, 'elip', uses the spatial map only."
     elif config.merge_method != "mlip":
         text += f" The merge method of this run, {config.merge_method!r}, uses none of them."
+    elif config.merge_importance_weight == 0:
+        text += " In this run importance has no weight in merging (merge_importance_weight=0)."
     if config.frequency_layers == 0:
         text += " Frequency and both are left out: the model has no frequency stage (frequency_layers=0)."
     return Section("Importance", path, text)
@@ -85,7 +87,8 @@ def _words_section(model: MLIPModel, inspection: Inspection, path: Path) -> Sect
     is_causal = model.config.text_config.use_causal_mask
     context = "the words before it, not those after it" if is_causal else "the whole caption"
     text = (
-        "Cosine similarity between each word and each image token, over the image. A patch has the value of its token, "
+        "Cosine similarity between each word and each image token, over the image; the number beside a word is the "
+        "maximum. A patch has the value of its token, "
         "and all words share one scale. A word of several tokens is their mean. The embedding of a token depends on "
         f"{context}."
     )

@@ -1,7 +1,8 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Each benchmark runs on a tiny setting, writes the documented fields, and one value equals a separate computation.
 
-conversion.py, mini_batch_memory.py, token_loss_memory.py, training_cost.py, draw_method.py and study/figures.py.
+conversion.py, mini_batch_memory.py, exchange_cost.py, token_loss_memory.py, training_cost.py, draw_method.py and
+study/figures.py.
 """
 
 import importlib.util
@@ -85,14 +86,31 @@ def test_token_loss_memory_writes_the_size_of_all_similarities(tmp_path, monkeyp
     assert all(row[form]["seconds"] > 0 for form in ("chunked", "plain"))
 
 
+def test_exchange_cost_writes_bytes_and_memory_for_each_part(tmp_path, capsys):
+    """tests/training/test_distributed.py compares the bytes with those that processes send."""
+    benchmark = load_benchmark("exchange_cost.py")
+    R, W, P = 512, 4, 512
+    benchmark.main(["--pairs", str(R * W), "--processes", str(W), "--output_file", str(tmp_path / "cost.json")])
+    record = json.loads((tmp_path / "cost.json").read_text())
+    committed = json.loads((BENCHMARKS / "results" / "exchange_cost.json").read_text())
+    assert set(record) == set(committed)
+    assert {row["part"] for row in record["rows"]} == {row["part"] for row in committed["rows"]}
+    rows = {row["part"]: row for row in record["rows"]}
+    score_bytes, embed_bytes = 4 * R * R * W, 4 * R * P
+    # InfoNCE: the embeddings of all pairs and their gradients, and at least the targets and log-probabilities.
+    assert rows["spatial, InfoNCE"]["peak_bytes"] > 4 * W * embed_bytes + 3 * score_bytes
+    # Sigmoid: some blocks of one chunk, its own embeddings and those of a chunk, with gradients.
+    assert rows["spatial, sigmoid"]["peak_bytes"] < 8 * score_bytes / W + 10 * embed_bytes
+    sent = rows["spatial, sigmoid"]["sent_bytes"]
+    assert sent == 3 * 16 * R + 2 * 3 * (embed_bytes + 16 * R) + 4 * embed_bytes  # keys, two rounds, gradients
+
+
 def test_training_cost_counts_about_the_operations_of_the_linear_layers(monkeypatch):
     benchmark = load_benchmark("training_cost.py")
     monkeypatch.setattr(benchmark, "CAPTION_LENGTH", 32)  # the longest of `tiny`
-    flops, token_loss = benchmark.pair_flops("tiny", 0.5, 1024)
     config = named_config("tiny")
-    assert token_loss == 4 * 2 * 32 * 32 * benchmark.CAPTION_LENGTH * config.projection_dim
-    half, whole = (benchmark.pair_flops("tiny", ratio, 1024)[0] for ratio in (0.5, 0))
-    assert flops == half < whole
+    half, whole = (benchmark.pair_flops("tiny", ratio) for ratio in (0.5, 0))
+    assert half < whole
     # Linear layers of the layers of both towers, without merging: 2 FLOPs for each weight and token.
     linear = sum(
         tower.num_hidden_layers * 12 * tower.hidden_size**2 * 2 * tokens
@@ -103,14 +121,14 @@ def test_training_cost_counts_about_the_operations_of_the_linear_layers(monkeypa
 
 def test_training_cost_writes_hours_for_each_recipe(tmp_path, monkeypatch, capsys):
     benchmark = load_benchmark("training_cost.py")
-    monkeypatch.setattr(benchmark, "pair_flops", lambda name, merge_ratio, batch: (1e9, 1e8))
+    monkeypatch.setattr(benchmark, "pair_flops", lambda name, merge_ratio: 1e9)
     benchmark.main(["--output", str(tmp_path / "cost.json"), "--utilisation", "0.5"])
     record = json.loads((tmp_path / "cost.json").read_text())
     committed = json.loads((BENCHMARKS / "results" / "training_cost.json").read_text())
     assert set(record) == set(committed)
     assert [set(row) for row in record["estimates"]] == [set(row) for row in committed["estimates"]]
     first = record["estimates"][0]  # four passes over 2.9 million pairs in 32 epochs
-    assert first["A100 hours"] == pytest.approx(4.1e9 * 2.9e6 * 32 / (312e12 * 0.5) / 3600)
+    assert first["A100 hours"] == pytest.approx(4e9 * 2.9e6 * 32 / (312e12 * 0.5) / 3600)
 
 
 def test_the_figure_of_the_method_shows_the_spectrum_of_its_image(tmp_path):

@@ -29,7 +29,7 @@ def siglip_model(seed: int = 0, **vision) -> MLIPModel:
     """A random model with the parts of SigLIP."""
     torch.manual_seed(seed)
     towers = {"vision_config": {**VISION, **SIGLIP, **vision}, "text_config": {**TEXT, **SIGLIP_TEXT}}
-    losses = {"instance_loss": "sigmoid", "token_loss_frequency": True}
+    losses = {"instance_loss": "sigmoid", "token_loss_weight": 0.1, "token_loss_frequency": True}
     model = MLIPModel(MLIPConfig(**towers, **losses, projection_dim=32)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -171,7 +171,8 @@ def test_the_token_level_starts_from_the_linear_part_of_the_pooling_head():
 
 def test_a_text_tower_without_a_projection_starts_its_token_level_from_the_identity(batch):
     text = {**SIGLIP_TEXT, "text_projection_bias": False, "use_text_projection": False}
-    model = MLIPModel(MLIPConfig(vision_config={**VISION, **SIGLIP}, text_config={**TEXT, **text}, projection_dim=32))
+    towers = {"vision_config": {**VISION, **SIGLIP}, "text_config": {**TEXT, **text}}
+    model = MLIPModel(MLIPConfig(**towers, projection_dim=32, token_loss_weight=0.1))
     model.start_tokens_from_projections()
     assert torch.equal(model.token_text_projection.weight, torch.eye(32))
     features = model.eval().get_text_features(batch["input_ids"]).pooler_output

@@ -59,7 +59,8 @@ def test_towers_load_from_the_checkpoint_of_a_whole_model(batch, tmp_path):
 def test_clip_weights_load_by_name(tmp_path):
     clip, _ = clip_and_mlip()
     clip.save_pretrained(tmp_path)
-    config = MLIPConfig.from_clip_config(CLIPConfig.from_pretrained(tmp_path), merge_ratio=0.0)
+    clip_config = CLIPConfig.from_pretrained(tmp_path)
+    config = MLIPConfig.from_clip_config(clip_config, merge_ratio=0.0, token_loss_weight=0.1)
     ours, report = MLIPModel.from_pretrained(tmp_path, config=config, output_loading_info=True)
     assert not report["unexpected_keys"]
     assert all(any(part in key for part in MLIP_PARAMETERS) for key in report["missing_keys"])
