@@ -1,13 +1,15 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Parity, seconds and memory of conversion for all plain ViT configurations of open_clip.
+"""Parity, seconds and memory of conversion for all configurations of open_clip that MLIP supports.
 
     python benchmarks/conversion.py              # all; what is measured already is kept
     python benchmarks/conversion.py --only ViT-B-32
     python benchmarks/conversion.py --only ViT-g-14 --full
 
 Each configuration gets random weights (norms, biases and LayerScale too), is written as an OpenCLIP folder, converted
-as `mlip convert` does it and compared with open_clip, each step in a process of its own. Models above ViT-H/14 are
-converted on the meta device, which checks names and shapes both ways but no values, unless `--full` is given.
+as `mlip convert` does it and compared with open_clip, each step in a process of its own. Models above ViT-H/14, and all
+SigLIP models but two, are converted on the meta device, which checks names and shapes both ways but no values, unless
+`--full` is given. At the end the command prints for how many of open_clip's pretrained tags the configuration is
+supported.
 Tokenizers that would have to be downloaded are replaced by stand-ins with the same special ids. "memory" is the peak
 resident set of the converting process over that after its imports, in units of the checkpoint; mapped files count.
 """
@@ -25,12 +27,14 @@ import torch
 
 RESULTS = Path(__file__).parent / "results" / "conversion.json"
 LARGE = ("ViT-g-", "ViT-bigG-", "ViT-e-")
+SIGLIP_IN_VALUES = ("ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256")
 # Special ids of the tokenizers that OpenCLIP names.
 SPECIAL = {
     "bert-base-uncased": {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102},
     "google/mt5-base": {"<pad>": 0, "</s>": 1, "<unk>": 2},
     "facebook/xlm-v-base": {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3},
 }
+SIGLIP_SPECIAL = {"<pad>": 0, "</s>": 1, "<unk>": 2}
 ROLES = {
     "[PAD]": "pad_token", "[UNK]": "unk_token", "[CLS]": "cls_token", "[SEP]": "sep_token",
     "<pad>": "pad_token", "<unk>": "unk_token", "<s>": "bos_token", "</s>": "eos_token",
@@ -38,15 +42,42 @@ ROLES = {
 
 
 def names() -> list[str]:
-    """open_clip's configurations with its own ViT and text transformer."""
+    """open_clip's configurations that MLIP supports."""
     import open_clip
 
-    def plain(config: dict) -> bool:
-        vision, text = config["vision_cfg"], config["text_cfg"]
-        own_vision = "timm_model_name" not in vision and isinstance(vision.get("layers"), int)
-        return own_vision and "hf_model_name" not in text and "multimodal_cfg" not in config
+    return [name for name in open_clip.list_models() if is_supported(name)]
 
-    return [name for name in open_clip.list_models() if plain(open_clip.get_model_config(name))]
+
+def is_supported(name: str) -> bool:
+    """Whether the configuration of a model of open_clip converts."""
+    import open_clip
+
+    from modeling_mlip.conversion.open_clip_configurations import mlip_config_of_open_clip
+
+    try:
+        mlip_config_of_open_clip(open_clip.get_model_config(name))
+    except ValueError:
+        return False
+    return True
+
+
+def count_supported_tags() -> tuple[int, int]:
+    """The number of open_clip's pretrained tags with a supported configuration, and the number of all tags."""
+    import open_clip
+
+    models = [model for model, _ in open_clip.list_pretrained()]
+    supported = {model for model in set(models) if is_supported(model)}
+    return sum(model in supported for model in models), len(models)
+
+
+def original(model_cfg: dict) -> torch.nn.Module:
+    """open_clip's model on the meta device."""
+    import open_clip
+
+    keys = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    with torch.device("meta"):
+        is_timm = "timm_model_name" in model_cfg["vision_cfg"]
+        return open_clip.CustomTextCLIP(**keys) if is_timm else open_clip.CLIP(**keys)
 
 
 def write_random_checkpoint(name: str, folder: Path) -> None:
@@ -55,26 +86,29 @@ def write_random_checkpoint(name: str, folder: Path) -> None:
     from safetensors.torch import save_file
 
     model_cfg = open_clip.get_model_config(name)
-    with torch.device("meta"):
-        shapes = open_clip.CLIP(**model_cfg).state_dict()
+    shapes = original(model_cfg).state_dict()
     generator = torch.Generator().manual_seed(0)
     state = {key: random_tensor(key, tensor.shape, generator) for key, tensor in shapes.items()}
     save_file(state, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
     if tokenizer := model_cfg["text_cfg"].get("hf_tokenizer_name"):
-        stand_in_tokenizer(SPECIAL[tokenizer]).save_pretrained(folder)
+        stand_in_tokenizer(SPECIAL.get(tokenizer, SIGLIP_SPECIAL)).save_pretrained(folder)
 
 
 def random_tensor(key: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Values of the size that training leaves, so that every parameter counts in the outcome."""
     if key == "logit_scale":
         return torch.tensor(100.0).log()
+    if key == "logit_bias":
+        return torch.tensor(-10.0)
     noise = torch.randn(shape, generator=generator)
     if len(shape) < 2:
-        centre = 1.0 if "ln_" in key and key.endswith("weight") else 0.3 if key.endswith("gamma") else 0.0
-        return centre + 0.1 * noise
-    if "embedding" in key:
+        is_norm = ("ln_" in key or "norm" in key) and key.endswith("weight")
+        return (1.0 if is_norm else 0.3 if key.endswith("gamma") else 0.0) + 0.1 * noise
+    if "embedding" in key or key.endswith("pos_embed"):
         return 0.1 * noise
+    if key.endswith("latent"):
+        return noise
     fan_in = shape[0] if key in ("visual.proj", "text_projection") else shape[1:].numel()
     return fan_in**-0.5 * noise
 
@@ -121,11 +155,13 @@ def measure_on_meta(name: str) -> dict:
 
     began = time.perf_counter()
     model_cfg = open_clip.get_model_config(name)
+    theirs = {key.removeprefix("text."): tensor for key, tensor in original(model_cfg).state_dict().items()}
+    config = MLIPConfig(**configs.mlip_config_of_open_clip(model_cfg))
+    table = tables.open_clip_table(config)
     with torch.device("meta"):
-        theirs = open_clip.CLIP(**model_cfg).state_dict()
-        model = MLIPModel(MLIPConfig(**configs.mlip_config_of_open_clip(model_cfg))).state_dict()
+        model = MLIPModel(config).state_dict()
     shapes = {key: tensor.shape for key, tensor in model.items() if not tables.is_own(key)}
-    back = tables.from_mlip(tables.to_mlip(theirs, tables.OPEN_CLIP, shapes), tables.OPEN_CLIP)
+    back = tables.from_mlip(tables.to_mlip(theirs, table, shapes), table)
     if {key: tensor.shape for key, tensor in back.items()} != {key: tensor.shape for key, tensor in theirs.items()}:
         raise ValueError(f"{name} does not come back with the same names and shapes.")
     size = sum(tensor.nbytes for tensor in theirs.values())
@@ -144,7 +180,8 @@ def _step(*arguments: str) -> str:
 
 
 def check_configuration(name: str, full: bool) -> dict:
-    if name.startswith(LARGE) and not full:
+    is_large = name.startswith(LARGE) or ("SigLIP" in name and name not in SIGLIP_IN_VALUES)
+    if is_large and not full:
         return json.loads(_step("--meta", name))
     with tempfile.TemporaryDirectory() as folder:
         _step("--make", name, folder)
@@ -167,7 +204,7 @@ def format_row(name: str, result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one configuration, measured anew")
-    parser.add_argument("--full", action="store_true", help="also those above ViT-H/14 with values")
+    parser.add_argument("--full", action="store_true", help="compare the values of all models")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--meta", help=argparse.SUPPRESS)
@@ -195,6 +232,8 @@ def main() -> None:
     good = [name for name in wanted if results[name].get("meta") or results[name].get("worst", 1) <= 1e-4]
     full = [name for name in good if not results[name].get("meta")]
     print(f"{len(good)} of {len(wanted)} agree, {len(full)} of them in values (largest difference allowed: 1e-4)")
+    supported, listed = count_supported_tags()
+    print(f"{supported} of {listed} pretrained tags of open_clip are supported ({supported / listed:.0%})")
     return None
 
 

@@ -74,7 +74,7 @@ TOWER_PARTS = (
     (modeling, "merge_matrix", "merging"),
     (modeling, "merge_tokens", "merging"),
     (modeling, "merge_sizes", "merging"),
-    (modeling.MLIPVisionEncoder, "size_bias", "log of sizes"),
+    (modeling, "log_size_bias", "log of sizes"),
     (CLIPMLP, "forward", "MLP"),
 )
 
@@ -490,7 +490,7 @@ def tower_shares(bench: Bench, model: nn.Module, flags: argparse.Namespace) -> d
         seconds.setdefault(rest, []).append(timer.seconds[rest] / whole)
         # The size term also makes attention take a mask: a tower with it beside one without.
         with_it = turn(lambda: tower(bench.pixels), flags)
-        with mock.patch.object(modeling.MLIPVisionEncoder, "size_bias", lambda *_: None):
+        with mock.patch.object(modeling, "log_size_bias", lambda *_: None):
             without = turn(lambda: tower(bench.pixels), flags)
         seconds.setdefault("size term (tower less tower without it)", []).append(1 - without / with_it)
     return {("vision tower, forward", part): spread(shares) for part, shares in seconds.items()}

@@ -17,17 +17,17 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CLIPConfig
+from transformers import CLIPConfig, SiglipConfig
 
 from .open_clip_configurations import (
     SUPPORTED,
-    mlip_config_of_clip,
     mlip_config_of_open_clip,
     model_cfg_of_name,
     model_cfg_of_shapes,
     read_model_cfg,
     towers,
 )
+from .transformers_configurations import mlip_config_of_clip, mlip_config_of_siglip
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = (
@@ -36,6 +36,7 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth",
 )
+TRANSFORMERS_KINDS = ("clip", "siglip", "mlip")
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -52,7 +53,7 @@ class Source:
     """A checkpoint: `config` has the keys of MLIPConfig, `state` the tensors by their names in the checkpoint."""
 
     name: str
-    kind: str  # "open_clip" | "clip" | "mlip"
+    kind: str  # "open_clip" | "clip" | "siglip" | "mlip"
     config: dict[str, Any]
     state: dict[str, Tensor]
     model_cfg: dict[str, Any] = field(default_factory=dict)  # OpenCLIP's
@@ -69,8 +70,8 @@ def read_source(source: str | Path, model: str | None = None) -> Source:
     """Reads a folder, a file or a Hub id.
 
     Args:
-        source: an OpenCLIP folder or Hub id, a checkpoint file of open_clip or OpenAI, a CLIP folder or Hub id of
-            transformers, or an MLIP folder.
+        source: an OpenCLIP folder or Hub id, a checkpoint file of open_clip or OpenAI, a CLIP or SigLIP folder or Hub
+            id of transformers, or an MLIP folder.
         model: for a file without a config: a name of OpenCLIP, a JSON file, or "openai" for OpenAI's own models.
 
     Raises:
@@ -87,13 +88,19 @@ def read_source(source: str | Path, model: str | None = None) -> Source:
     open_clip_weights = _find(path, OPEN_CLIP_WEIGHTS)
     config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
     kind = config.get("model_type")
-    if (path / OPEN_CLIP_CONFIG).is_file() and (open_clip_weights or kind not in ("clip", "mlip")):
+    if (path / OPEN_CLIP_CONFIG).is_file() and (open_clip_weights or kind not in TRANSFORMERS_KINDS):
         return _read_open_clip(path, name, open_clip_weights or _only_checkpoint(path), model)
-    if kind in ("clip", "mlip"):
+    if kind in TRANSFORMERS_KINDS:
         weights = _find(path, TRANSFORMERS_WEIGHTS)
         if weights is None:
             raise FileNotFoundError(f"{name} has no weights: expected {' or '.join(TRANSFORMERS_WEIGHTS)}.")
-        return _read_clip(path, name, weights) if kind == "clip" else _read_mlip(path, name, weights)
+        readers = {"clip": _read_clip, "siglip": _read_siglip, "mlip": _read_mlip}
+        return readers[kind](path, name, weights)
+    if kind == "siglip2":
+        raise ValueError(
+            f"{name} is a SigLIP 2 with images of any shape (NaFlex, model_type 'siglip2'), which is not supported; "
+            "supported are the SigLIP 2 checkpoints with a fixed resolution, whose model_type is 'siglip'."
+        )
     if kind is not None:
         raise ValueError(f"{name} is a model of the type {kind!r}, which is not supported; {SUPPORTED}.")
     return _read_file(_only_checkpoint(path), model)
@@ -142,6 +149,12 @@ def _read_clip(folder: Path, name: str, weights: Path) -> Source:
         notes.append(f"eos_token_id 2 (an old config) read as the highest id, {eos}")
     state, more = _uniform(_tensors(_unwrapped(read_weights(weights))))
     return Source(name, "clip", config, state, folder=folder, notes=notes + more)
+
+
+def _read_siglip(folder: Path, name: str, weights: Path) -> Source:
+    config = mlip_config_of_siglip(SiglipConfig.from_pretrained(folder))
+    state, notes = _uniform(_tensors(_unwrapped(read_weights(weights))))
+    return Source(name, "siglip", config, state, folder=folder, notes=notes)
 
 
 def _read_mlip(folder: Path, name: str, weights: Path) -> Source:
@@ -262,7 +275,7 @@ def _is_openai(weights: dict[str, Any]) -> bool:
 def _open_clip_state(weights: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     weights = {key: value for key, value in weights.items() if key not in OPENAI_EXTRAS}
     state = _tensors(_unwrapped(weights))
-    # CustomTextCLIP keeps the text tower under `text.`, CLIP at the top.
+    # CustomTextCLIP keeps the text tower under `text.`, CLIP at the top; see `tables.with_text_prefix`.
     return _uniform({key.removeprefix("text."): tensor for key, tensor in state.items()})
 
 

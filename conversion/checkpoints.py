@@ -1,9 +1,9 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Conversion of CLIP and OpenCLIP checkpoints to MLIP: `convert_checkpoint`.
+"""Conversion of CLIP, SigLIP and OpenCLIP checkpoints to MLIP: `convert_checkpoint`.
 
-`checkpoint_sources` reads a checkpoint, `open_clip_configurations` and `tables` translate it, the model takes the
-tensors without
-a copy, and `parity` compares it with the original. `export` goes the other way.
+`checkpoint_sources` reads a checkpoint, `open_clip_configurations`, `transformers_configurations` and `tables`
+translate it, the model takes the tensors without a copy, and `parity` compares it with the original. `export` goes the
+other way.
 """
 
 from dataclasses import dataclass, field
@@ -13,20 +13,22 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPProcessor
+from transformers import CLIPConfig, CLIPProcessor, SiglipConfig
 
 from modeling_mlip import MLIPConfig, MLIPModel
 from modeling_mlip.hub.configurations import override_config
 from modeling_mlip.hub.errors import error_line
+from modeling_mlip.hub.extras import install_hint, require_modules
 from modeling_mlip.hub.formatting import format_names
 from modeling_mlip.hub.verification import nonfinite_names
 
 from . import tables
 from .checkpoint_sources import Source, read_source
 from .open_clip_configurations import towers
-from .parity import TOLERANCE, Oracle, Report, clip_oracle, compare, open_clip_oracle
+from .parity import TOLERANCE, Oracle, Report, clip_oracle, compare, open_clip_oracle, siglip_oracle
 from .processors import processor_of_open_clip
 from .reports import write_reports
+from .siglip_processors import mlip_processor_of_siglip
 
 # For towers that were trained without merging: see benchmarks/training_free_merging.py.
 MERGE_METHOD = "ward"
@@ -46,10 +48,10 @@ class Conversion:
 def convert_checkpoint(
     source: str | Path, *, model: str | None = None, **config_overrides
 ) -> tuple[MLIPModel, CLIPProcessor]:
-    """Converts a CLIP or OpenCLIP checkpoint to MLIP. At `merge_ratio=0` its embeddings equal those of the source.
+    """Converts a CLIP, SigLIP or OpenCLIP checkpoint to MLIP. At `merge_ratio=0` its embeddings equal the source's.
 
     Args:
-        source: an OpenCLIP or CLIP folder, a checkpoint file, or a Hub id; see `checkpoint_sources.read_source`.
+        source: an OpenCLIP, CLIP or SigLIP folder, a checkpoint file or a Hub id; see `checkpoint_sources.read_source`.
         model: the OpenCLIP name or JSON configuration of a checkpoint file without one.
         config_overrides: keys of `MLIPConfig` and `MLIPVisionConfig`, for example `merge_ratio=0.5`.
 
@@ -76,10 +78,17 @@ def convert(source: str | Path, model: str | None = None, overrides: dict[str, A
         mlip = fill_model(mlip, tables.to_mlip(checkpoint.state, tables.same_names(shapes), shapes))
         return Conversion(mlip, _load_processor(checkpoint.folder), None, checkpoint, checkpoint.notes)
 
-    table = tables.CLIP if checkpoint.kind == "clip" else tables.OPEN_CLIP
     if checkpoint.kind == "clip":
-        processor = _load_processor(checkpoint.folder)
+        processor, table = _load_processor(checkpoint.folder), tables.CLIP
+    elif checkpoint.kind == "siglip":
+        vision, text = towers(config)
+        if not (checkpoint.folder / "tokenizer.json").is_file():
+            require_modules("the sentencepiece tokenizer of SigLIP", "siglip", "sentencepiece")
+        processor, table = _load_processor(checkpoint.folder), tables.SIGLIP
+        processor = mlip_processor_of_siglip(processor, vision.image_size, text.max_position_embeddings)
+        _set_special_ids(config, processor.tokenizer)
     else:
+        table = tables.open_clip_table(config)
         processor = processor_of_open_clip(
             checkpoint.model_cfg, checkpoint.preprocess_cfg, towers(config)[0].image_size, checkpoint.folder
         )
@@ -93,7 +102,7 @@ def convert(source: str | Path, model: str | None = None, overrides: dict[str, A
     mlip = fill_model(mlip, tables.to_mlip(checkpoint.state, table, shapes))
     report = _compare_with_source(mlip, checkpoint)
     if report is None:
-        checkpoint.notes.append("parity was not checked: it needs open_clip (pip install 'modeling-mlip[openclip]')")
+        checkpoint.notes.append(f"parity was not checked, which needs open_clip: {install_hint('openclip')}")
     return Conversion(mlip, processor, report, checkpoint, checkpoint.notes)
 
 
@@ -204,7 +213,10 @@ def _compare_with_source(model: MLIPModel, checkpoint: Source) -> Report | None:
     if checkpoint.kind == "open_clip":
         return compare_strictly(model, open_clip_oracle(checkpoint.model_cfg, checkpoint.state), checkpoint.name)
     state = {key: tensor for key, tensor in checkpoint.state.items() if key not in tables.BUFFERS}
-    oracle = clip_oracle(CLIPConfig.from_pretrained(checkpoint.folder).to_dict(), state)
+    if checkpoint.kind == "siglip":
+        oracle = siglip_oracle(SiglipConfig.from_pretrained(checkpoint.folder).to_dict(), state)
+    else:
+        oracle = clip_oracle(CLIPConfig.from_pretrained(checkpoint.folder).to_dict(), state)
     return compare_strictly(model, oracle, checkpoint.name)
 
 

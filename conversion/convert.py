@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""`mlip convert SRC DST`: converts CLIP and OpenCLIP checkpoints to MLIP, and MLIP models back.
+"""`mlip convert SRC DST`: converts CLIP, SigLIP and OpenCLIP checkpoints to MLIP, and MLIP models back.
 
 mlip convert laion/CLIP-ViT-B-32-laion2B-s34B-b79K mlip-b32 --merge-ratio 0.5
 mlip convert epoch_32.pt mlip-b16 --model ViT-B-16
@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 from modeling_mlip.hub.atomic_files import check_target, new_folder
+from modeling_mlip.hub.extras import install_hint
 
 from .checkpoints import Conversion, convert, write_mlip
-from .export import export, write_exported
+from .export import FORMATS, export, write_exported
 from .open_clip_configurations import towers
 from .reports import write_reports
+from .speedup import choose_merging
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,8 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     overrides = {name: getattr(arguments, name) for name in ("merge_ratio", "merge_layers", "merge_method")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
 
+    if arguments.speedup is not None and {"merge_ratio", "merge_layers"} & set(overrides):
+        raise ValueError(f"--speedup {arguments.speedup} chooses --merge_ratio and --merge_layers; leave them out.")
+
     print(f"Reading {arguments.source}")
     conversion = convert(arguments.source, arguments.model, overrides)
+    if arguments.speedup is not None:
+        _set_merging(conversion, arguments.speedup)
     _print_summary(conversion)
     if arguments.to == "mlip":
         with new_folder(arguments.target, arguments.overwrite) as folder:
@@ -41,10 +48,20 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Wrote {arguments.target} in {time.perf_counter() - began:.1f} s")
 
 
+def _set_merging(conversion: Conversion, speedup: float) -> None:
+    """Sets the merging that gives this speed-up, and prints it."""
+    config = conversion.model.config
+    vision_config, _ = towers(config)
+    for name, value in choose_merging(vision_config, speedup).items():
+        setattr(config, name, value)
+    layers = " ".join(map(str, config.merge_layers))
+    print(f"For {speedup:g} times fewer FLOPs: --merge_ratio {config.merge_ratio} --merge_layers {layers}")
+
+
 def _export(conversion: Conversion, arguments: argparse.Namespace) -> None:
     exported, notes = export(conversion.model, conversion.processor, arguments.to, arguments.drop_frequency)
     for item in exported:
-        print(item.report or f"Parity of {item.format} was not checked: install open_clip_torch.")
+        print(item.report or f"Parity of {item.format} was not checked: {install_hint('openclip')}.")
     for note in notes:
         print(f"Note: {note}")
     with new_folder(arguments.target, arguments.overwrite) as folder:
@@ -71,7 +88,7 @@ def _print_summary(conversion: Conversion) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mlip convert", description="Convert CLIP and OpenCLIP checkpoints to MLIP and back."
+        prog="mlip convert", description="Convert CLIP, SigLIP and OpenCLIP checkpoints to MLIP and back."
     )
     parser.add_argument("source", metavar="SRC", help="folder, checkpoint file or Hub id")
     parser.add_argument("target", metavar="DST", help="folder to write")
@@ -82,12 +99,20 @@ def _parser() -> argparse.ArgumentParser:
         "--merge-ratio", "--merge_ratio", type=float, help="fraction of patch tokens that merging removes, 0 <= r < 1"
     )
     parser.add_argument(
+        "--speedup",
+        type=float,
+        help="FLOPs of the image tower without merging divided by those with it, above 1, for example 1.5: "
+        "chooses --merge_ratio and --merge_layers",
+    )
+    parser.add_argument(
         "--merge-layers", "--merge_layers", type=int, nargs="+", help="layers that merge tokens, counted from 0"
     )
     parser.add_argument(
-        "--merge-method", "--merge_method", help="mlip, tome, elip or ward (the default for a CLIP checkpoint)"
+        "--merge-method",
+        "--merge_method",
+        help="mlip, tome, elip or ward (the default for a checkpoint that is not MLIP's)",
     )
-    parser.add_argument("--to", choices=("mlip", "open_clip", "clip", "both"), default="mlip", help="format to write")
+    parser.add_argument("--to", choices=("mlip", *FORMATS), default="mlip", help="format to write")
     parser.add_argument("--drop-frequency", "--drop_frequency", action="store_true",
                         help="export without a frequency stage that the model uses")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model folder")

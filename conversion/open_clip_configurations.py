@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Configurations: OpenCLIP's model_cfg and transformers' CLIPConfig to the keys of MLIPConfig, and back.
+"""Configurations: OpenCLIP's model_cfg to the keys of MLIPConfig, and back.
 
 Models that MLIP does not compute are refused here, before any weight is read.
 """
@@ -10,12 +10,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPConfig
+from transformers import CLIPConfig, SiglipConfig
 
-from modeling_mlip import MLIPConfig
-from modeling_mlip.configuration_mlip import repair_eos_token_id
+from modeling_mlip import MLIPConfig, MLIPVisionConfig
+from modeling_mlip.hub.extras import require_modules
 
-SUPPORTED = "MLIP converts CLIP and the plain ViTs of OpenCLIP (ViT-S/M/B/L/H/g/e/bigG, their text transformer)"
+from .timm_towers import TIMM_TOWERS, timm_name_of, vision_keys_of_timm
+
+SUPPORTED = (
+    "MLIP converts CLIP, fixed-resolution SigLIP, and the plain ViTs of OpenCLIP (ViT-S/M/B/L/H/g/e/bigG, their text "
+    "transformer)"
+)
 CLIP_VOCAB, CLIP_BOS, CLIP_EOS = 49408, 49406, 49407
 
 # OpenCLIP's defaults of vision_cfg and text_cfg. `None` and 0 turn a feature off.
@@ -27,6 +32,7 @@ VISION_DEFAULTS: dict[str, Any] = {
 TEXT_DEFAULTS: dict[str, Any] = {
     "context_length": 77, "vocab_size": CLIP_VOCAB, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
     "ls_init_value": None, "pad_id": 0, "eos_id": 2, "no_causal_mask": False, "pool_type": "argmax",
+    "proj_type": "linear", "proj_bias": False,
     "act_kwargs": None, "norm_kwargs": None,
     "hf_tokenizer_name": None, "tokenizer_mode": None, "tokenizer_kwargs": None,
 }  # fmt: skip
@@ -42,7 +48,6 @@ REFUSED = {
     "hf_model_name": "the Hugging Face text tower {}",
     "attentional_pool": "an image tower with attentional pooling (CoCa)",
     "embed_cls": "a text tower with a class embedding (CoCa)",
-    "proj_bias": "a text projection with a bias",
     "qk_norm": "a tower with qk_norm",
     "scaled_cosine_attn": "a tower with scaled_cosine_attn",
     "scale_heads": "a tower with scale_heads",
@@ -62,13 +67,9 @@ def model_cfg_of_name(name: str) -> dict[str, Any]:
     """
     if name.endswith(".json"):
         return read_model_cfg(Path(name))["model_cfg"]
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(
-            f"model={name}: the configurations of OpenCLIP come with open_clip, which is not installed. Install it "
-            "with pip install 'modeling-mlip[openclip]', or give the model's open_clip_config.json as model."
-        ) from error
+    require_modules(f"model={name}, unlike an open_clip_config.json,", "openclip", "open_clip")
+    import open_clip
+
     name = name.replace("/", "-")
     if name not in open_clip.list_models():  # get_model_config returns None for some unknown names, and logs others
         raise ValueError(f"model={name!r} is not supported: OpenCLIP has no configuration of that name. {SUPPORTED}.")
@@ -137,9 +138,9 @@ def _resolved(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> dic
             _refuse_tower(REFUSED[key].format(value))
         if key == "block_type" and value not in (None, "default"):
             _refuse_tower(f"a tower with {value} attention blocks")
-        if key == "proj_type" and value != "linear":
+        if key == "proj_type" and value not in ("linear", "none"):
             _refuse_tower(f"a text tower with the projection {value!r}")
-        if key not in {*defaults, *IGNORED, *REFUSED, "block_type", "proj_type"}:
+        if key not in {*defaults, *IGNORED, *REFUSED, "block_type"}:
             raise ValueError(f"{name} has the key {key}={value!r}, which MLIP does not know; {SUPPORTED}.")
     return {**defaults, **{key: value for key, value in given.items() if key in defaults and value is not None}}
 
@@ -167,7 +168,7 @@ def _tower(cfg: dict[str, Any], quick_gelu: bool) -> dict[str, Any]:
     }
 
 
-def towers(config: MLIPConfig | CLIPConfig) -> tuple[Any, Any]:
+def towers(config: MLIPConfig | CLIPConfig | SiglipConfig) -> tuple[Any, Any]:
     """The vision config and the text config."""
     return config.vision_config, config.text_config
 
@@ -188,48 +189,72 @@ def mlip_config_of_open_clip(model_cfg: dict[str, Any]) -> dict[str, Any]:
     """
     if "multimodal_cfg" in model_cfg:
         _refuse_tower("CoCa (multimodal_cfg)")
-    if model_cfg.get("init_logit_bias") is not None:
-        _refuse_tower("a model with a logit bias (SigLIP)")
     if isinstance(model_cfg["vision_cfg"].get("layers"), list | tuple):
         _refuse_tower(f"a ResNet image tower (layers={list(model_cfg['vision_cfg']['layers'])})")
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias",
              "nonscalar_logit_scale", "output_dict", "cast_dtype"}  # fmt: skip
     if unknown := set(model_cfg) - known:
         raise ValueError(f"model_cfg has the key {min(unknown)}, which MLIP does not know; {SUPPORTED}.")
-    vision = _resolved("vision_cfg", model_cfg["vision_cfg"], VISION_DEFAULTS)
-    text = _resolved("text_cfg", model_cfg["text_cfg"], TEXT_DEFAULTS)
+    quick_gelu, embed_dim = bool(model_cfg.get("quick_gelu")), model_cfg["embed_dim"]
+    has_timm_tower = model_cfg["vision_cfg"].get("timm_model_name") in TIMM_TOWERS
+    return {
+        "projection_dim": embed_dim,
+        **_loss_keys(model_cfg),
+        "vision_config": {
+            **(
+                vision_keys_of_timm(model_cfg["vision_cfg"])
+                if has_timm_tower
+                else _vision_keys(model_cfg["vision_cfg"], quick_gelu)
+            ),
+            "projection_dim": embed_dim,
+        },
+        "text_config": {**_text_keys(model_cfg["text_cfg"], quick_gelu), "projection_dim": embed_dim},
+    }
+
+
+def _loss_keys(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """A model with a logit bias was trained with the sigmoid loss, from a temperature of 1/10."""
+    if model_cfg.get("init_logit_bias") is None:
+        return {}
+    return {
+        "instance_loss": "sigmoid",
+        "logit_bias_init_value": model_cfg["init_logit_bias"],
+        "logit_scale_init_value": model_cfg.get("init_logit_scale", math.log(10)),
+    }
+
+
+def _vision_keys(vision_cfg: dict[str, Any], quick_gelu: bool) -> dict[str, Any]:
+    vision = _resolved("vision_cfg", vision_cfg, VISION_DEFAULTS)
     mean, late_norm = vision["pool_type"] == "avg", vision["final_ln_after_pool"]
     if vision["pool_type"] not in ("tok", "avg") or (mean and not late_norm):
         _refuse_tower(f"an image tower with pool_type={vision['pool_type']!r} and final_ln_after_pool={late_norm}")
+    return {
+        **_tower(vision, quick_gelu),
+        "num_attention_heads": vision["width"] // vision["head_width"],
+        "image_size": _square("image_size", vision["image_size"]),
+        "patch_size": _square("patch_size", vision["patch_size"]),
+        "pooling": "mean" if mean else "class",
+        "use_pre_layernorm": not vision["no_ln_pre"],
+    }
+
+
+def _text_keys(text_cfg: dict[str, Any], quick_gelu: bool) -> dict[str, Any]:
+    text = _resolved("text_cfg", text_cfg, TEXT_DEFAULTS)
     if text["pool_type"] not in ("argmax", "eos", "last"):
         _refuse_tower(f"a text tower with pool_type={text['pool_type']!r}")
-
-    quick_gelu = bool(model_cfg.get("quick_gelu"))
-    embed_dim = model_cfg["embed_dim"]
-    argmax = text["pool_type"] == "argmax"
+    argmax, has_projection = text["pool_type"] == "argmax", text["proj_type"] == "linear"
     return {
-        "projection_dim": embed_dim,
-        "vision_config": {
-            **_tower(vision, quick_gelu),
-            "num_attention_heads": vision["width"] // vision["head_width"],
-            "image_size": _square("image_size", vision["image_size"]),
-            "patch_size": _square("patch_size", vision["patch_size"]),
-            "projection_dim": embed_dim,
-            "pooling": "mean" if mean else "class",
-            "use_pre_layernorm": not vision["no_ln_pre"],
-        },
-        "text_config": {
-            **_tower(text, quick_gelu),
-            "num_attention_heads": text["heads"],
-            "vocab_size": text["vocab_size"],
-            "max_position_embeddings": text["context_length"],
-            "projection_dim": embed_dim,
-            "bos_token_id": CLIP_BOS if text["vocab_size"] == CLIP_VOCAB and argmax else None,
-            "eos_token_id": highest_id(text["vocab_size"]) if argmax else text["eos_id"],
-            "pad_token_id": text["pad_id"],
-            "pooling": "last" if text["pool_type"] == "last" else "eos",
-            "use_causal_mask": not text["no_causal_mask"],
-        },
+        **_tower(text, quick_gelu),
+        "num_attention_heads": text["heads"],
+        "vocab_size": text["vocab_size"],
+        "max_position_embeddings": text["context_length"],
+        "bos_token_id": CLIP_BOS if text["vocab_size"] == CLIP_VOCAB and argmax else None,
+        "eos_token_id": highest_id(text["vocab_size"]) if argmax else text["eos_id"],
+        "pad_token_id": text["pad_id"],
+        "pooling": "last" if text["pool_type"] == "last" else "eos",
+        "use_causal_mask": not text["no_causal_mask"],
+        "use_text_projection": has_projection,
+        "text_projection_bias": has_projection and bool(text["proj_bias"]),
     }
 
 
@@ -241,10 +266,11 @@ def open_clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
     """
     vision, text = towers(config)
     acts = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    is_timm = vision.pooling == "attention" or not vision.use_class_token
     for part in (vision, text):
         if part.hidden_act not in acts:
             raise ValueError(f"OpenCLIP has no activation {part.hidden_act!r}; it has {', '.join(acts)}.")
-    if acts[vision.hidden_act][0] != acts[text.hidden_act][0]:
+    if not is_timm and acts[vision.hidden_act][0] != acts[text.hidden_act][0]:
         raise ValueError(f"OpenCLIP has one activation for both towers, not {vision.hidden_act} and {text.hidden_act}.")
 
     def tower(ours) -> dict[str, Any]:
@@ -262,64 +288,47 @@ def open_clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
             cfg["ls_init_value"] = ours.layer_scale_init_value
         return cfg | ({"act_kwargs": {"approximate": approximate}} if approximate else {})
 
-    vision_cfg = {"image_size": vision.image_size, "patch_size": vision.patch_size, **tower(vision)}
+    vision_cfg = _timm_vision_cfg(vision) if is_timm else _plain_vision_cfg(vision, tower(vision))
+    text_cfg = {"context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, **tower(text)}
+    text_cfg |= {"heads": text.num_attention_heads, "pad_id": text.pad_token_id or 0}
+    if not text.use_causal_mask:
+        text_cfg["no_causal_mask"] = True
+    if text.text_projection_bias:
+        text_cfg["proj_bias"] = True
+    if not text.use_text_projection:
+        text_cfg["proj_type"] = "none"
+    if text.pooling == "last":
+        text_cfg["pool_type"] = "last"
+    elif text.eos_token_id != text.vocab_size - 1:  # ids of added tokens are above EOS
+        text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    model_cfg: dict[str, Any] = {"embed_dim": config.projection_dim}
+    if text.hidden_act == "quick_gelu":
+        model_cfg["quick_gelu"] = True
+    if config.instance_loss == "sigmoid":
+        model_cfg["init_logit_bias"] = config.logit_bias_init_value
+        model_cfg["init_logit_scale"] = config.logit_scale_init_value
+    if is_timm:
+        model_cfg["custom_text"] = True
+    return {**model_cfg, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+
+
+def _timm_vision_cfg(vision: MLIPVisionConfig) -> dict[str, Any]:
+    return {
+        "image_size": vision.image_size,
+        "timm_model_name": timm_name_of(vision),
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
+
+
+def _plain_vision_cfg(vision: MLIPVisionConfig, tower: dict[str, Any]) -> dict[str, Any]:
+    if not vision.use_visual_projection:
+        raise ValueError("OpenCLIP's plain ViT has a projection of the image embedding: use_visual_projection=False.")
+    vision_cfg = {"image_size": vision.image_size, "patch_size": vision.patch_size, **tower}
     vision_cfg["head_width"] = vision.hidden_size // vision.num_attention_heads
     if not vision.use_pre_layernorm:
         vision_cfg["no_ln_pre"] = True
     if vision.pooling == "mean":
         vision_cfg |= {"pool_type": "avg", "final_ln_after_pool": True}
-    text_cfg = {"context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, **tower(text)}
-    text_cfg |= {"heads": text.num_attention_heads, "pad_id": text.pad_token_id or 0}
-    if not text.use_causal_mask:
-        text_cfg["no_causal_mask"] = True
-    if text.pooling == "last":
-        text_cfg["pool_type"] = "last"
-    elif text.eos_token_id != text.vocab_size - 1:  # ids of added tokens are above EOS
-        text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
-    quick_gelu = {"quick_gelu": True} if vision.hidden_act == "quick_gelu" else {}
-    return {"embed_dim": config.projection_dim, **quick_gelu, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
-
-
-# Keys of transformers' CLIP that change the mathematics.
-CLIP_TEXT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "max_position_embeddings", "hidden_act", "layer_norm_eps", "attention_dropout", "projection_dim",
-             "pad_token_id", "bos_token_id", "eos_token_id")  # fmt: skip
-CLIP_VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
-               "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout", "projection_dim",
-               "num_channels")  # fmt: skip
-
-
-def mlip_config_of_clip(config: CLIPConfig) -> dict[str, Any]:
-    """The keys of MLIPConfig that compute what transformers computes from a `CLIPConfig`."""
-    vision_config, text_config = towers(config)
-    text = repair_eos_token_id({key: getattr(text_config, key) for key in CLIP_TEXT})
-    vision = {key: getattr(vision_config, key) for key in CLIP_VISION}
-    return {"projection_dim": config.projection_dim, "text_config": text, "vision_config": vision}
-
-
-def clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
-    """The keys of transformers' `CLIPConfig` for an MLIP config.
-
-    Raises:
-        ValueError: listing what transformers' CLIPModel does not compute.
-    """
-    vision, text = towers(config)
-    obstacles = [
-        what
-        for what, there in (
-            ("mean pooling of the image tower", vision.pooling != "class"),
-            ("an image tower without pre-LayerNorm", not vision.use_pre_layernorm),
-            ("LayerScale", vision.layer_scale_init_value is not None or text.layer_scale_init_value is not None),
-            ("pooling at the last text token", text.pooling != "eos"),
-            ("a non-causal text tower", not text.use_causal_mask),
-            ("eos_token_id=2 (it reads 2 as: pool at the highest id)", text.eos_token_id == 2),
-        )
-        if there
-    ]
-    if obstacles:
-        raise ValueError(f"transformers' CLIPModel does not have {'; '.join(obstacles)}: export with --to open_clip.")
-    return {
-        "projection_dim": config.projection_dim,
-        "text_config": {key: getattr(text, key) for key in CLIP_TEXT},
-        "vision_config": {key: getattr(vision, key) for key in CLIP_VISION},
-    }
+    return vision_cfg

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from modeling_mlip import MLIPConfig, MLIPModel
 
+from . import tables
 from .open_clip_configurations import highest_id, towers
 
 TOLERANCE = 1e-4
@@ -113,23 +114,33 @@ NOT_MATHEMATICS = ("custom_text", "output_dict", "cast_dtype")
 
 
 def open_clip_oracle(model_cfg: dict[str, Any], state: dict[str, Tensor]) -> Oracle | None:
-    """OpenCLIP's model on these tensors, or `None` where open_clip is not installed."""
+    """OpenCLIP's model on these tensors, or `None` where open_clip is not installed.
+
+    Args:
+        state: names without the prefix `text.`.
+    """
     if importlib.util.find_spec("open_clip") is None:
         return None
     import open_clip
 
+    has_text_module = "timm_model_name" in model_cfg["vision_cfg"]
+    keys = {key: value for key, value in model_cfg.items() if key not in NOT_MATHEMATICS}
     with torch.device("meta"):
-        model = open_clip.CLIP(**{key: value for key, value in model_cfg.items() if key not in NOT_MATHEMATICS})
-    state = {**state, "logit_scale": state["logit_scale"].reshape(model.logit_scale.shape)}
+        model = open_clip.CustomTextCLIP(**keys) if has_text_module else open_clip.CLIP(**keys)
+    state = tables.with_text_prefix(state) if has_text_module else state
+    state |= {key: state[key].reshape(model.logit_scale.shape) for key in tables.SCALARS & set(state)}
     model.load_state_dict(state, assign=True)
-    if model.attn_mask is not None:
-        model.attn_mask = torch.full(model.attn_mask.shape, float("-inf")).triu_(1)
+    text_model = model.text if has_text_module else model
+    if text_model.attn_mask is not None:
+        text_model.attn_mask = torch.full(text_model.attn_mask.shape, float("-inf")).triu_(1)
 
     def outputs(images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        image, text, scale = model(images, ids)
-        return image, text, scale * image @ text.T
+        image, text, scale, *bias = model(images, ids)
+        logits = scale * image @ text.T
+        return image, text, logits + bias[0] if bias else logits
 
-    layers = model.visual.transformer.resblocks, model.transformer.resblocks
+    image_layers = model.visual.trunk.blocks if has_text_module else model.visual.transformer.resblocks
+    layers = image_layers, text_model.transformer.resblocks
     pools_at_highest_id = model_cfg["text_cfg"].get("pool_type", "argmax") == "argmax"
     encode_text = functools.partial(model.encode_text, normalize=True)
     name = f"open_clip {open_clip.__version__}"
@@ -154,8 +165,25 @@ def clip_oracle(config: dict[str, Any], state: dict[str, Tensor]) -> Oracle:
     return Oracle(name, model, *layers, outputs, functools.partial(_encode_text, model), pools_at_highest_id)
 
 
+def siglip_oracle(config: dict[str, Any], state: dict[str, Tensor]) -> Oracle:
+    """transformers' SiglipModel on these tensors."""
+    with torch.device("meta"):
+        model = transformers.SiglipModel(transformers.SiglipConfig(**config))
+    model.load_state_dict(state, assign=True)
+    for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
+        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[1])[None]
+
+    def outputs(images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        output = model(input_ids=ids, pixel_values=images)
+        return output.image_embeds, output.text_embeds, output.logits_per_image
+
+    layers = model.vision_model.encoder.layers, model.text_model.encoder.layers
+    name = f"transformers {transformers.__version__}"
+    return Oracle(name, model, *layers, outputs, functools.partial(_encode_text, model), pools_at_highest_id=False)
+
+
 def _encode_text(model: Any, ids: Tensor) -> Tensor:
-    """Normalised text embeddings `(T, P)` of an MLIP model or a CLIP model of transformers."""
+    """Normalised text embeddings `(T, P)` of an MLIP model, or a CLIP or SigLIP model of transformers."""
     return nn.functional.normalize(model.get_text_features(input_ids=ids).pooler_output, dim=-1)
 
 

@@ -18,8 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, normalizers, processors
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from modeling_mlip.hub.extras import install_hint
 
 from .open_clip_configurations import CLIP_VOCAB
 
@@ -39,6 +48,7 @@ UNKNOWN_TOKENIZER = "owner/name"
 # Texts on which the tokenizers are compared, beside texts with every added token.
 PROBE_TEXTS = ("", "a photo of a cat", "Hello World!", "!", "two dogs, 3 cats; it's 50%", "caf\u00e9", "word " * 100)
 MAX_PROBED_TOKENS = 1000
+SENTINEL = re.compile("\u2581?<extra_id_[0-9]+>")
 # What OpenCLIP's cleaning (html.unescape twice, ftfy) replaces in captions that are found on the web.
 REPLACED = {
     "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#39;": "'", "&#x27;": "'", "&apos;": "'", "&nbsp;": " ",
@@ -149,13 +159,28 @@ def tokenizer_of(text_cfg: dict[str, Any], folder: Path | None) -> PreTrainedTok
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer {name} ({type(tokenizer).__name__}) has no tokenizer.json, which MLIP needs.")
-    if len(tokenizer) > text_cfg.get("vocab_size", CLIP_VOCAB):
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {text_cfg['vocab_size']}.")
+    vocab_size = text_cfg.get("vocab_size", CLIP_VOCAB)
+    if surplus_tokens(tokenizer, vocab_size):
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}.")
     if strip_sep:
         _overwrite_sep(tokenizer)
     name = tokenizer.init_kwargs.get("hf_tokenizer_name", name)
     options = {"hf_tokenizer_name": name, "hf_tokenizer_size": len(tokenizer)}
+    if clean == "canonicalize":  # without punctuation, a special token in a caption is a word
+        options["split_special_tokens"] = True
     return _with_cleaning(tokenizer, clean or "whitespace", length, **options)
+
+
+def surplus_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
+    """The tokens that the embeddings of a model lack.
+
+    T5's sentinels do not count, because no caption contains them: the vocabulary of the multilingual SigLIP ends with
+    100 of them, for which the model has no embeddings.
+    """
+    if len(tokenizer) <= vocab_size:
+        return []
+    tokens = (token for token, index in tokenizer.get_vocab().items() if index >= vocab_size)
+    return [token for token in tokens if not SENTINEL.fullmatch(token)]
 
 
 def _files_or(folder: Path | None, name: str) -> Path | str:
@@ -181,7 +206,7 @@ def _clip_tokenizer(folder: Path | None) -> PreTrainedTokenizerFast:
             raise OSError("no file of a vocabulary was found")
     except (OSError, ValueError) as error:
         raise OSError(
-            f"CLIP's vocabulary was not found ({str(error).splitlines()[0]}): install open_clip_torch, "
+            f"CLIP's vocabulary was not found ({str(error).splitlines()[0]}): {install_hint('openclip')}, "
             "put tokenizer.json beside the weights, or connect to the Hub."
         ) from None
     tokenizer.pad_token = "!"
@@ -218,8 +243,8 @@ def _cleaning(clean: str) -> list[normalizers.Normalizer]:
     if clean == "canonicalize":
         punctuation = "".join("\\" + character for character in string.punctuation.replace("_", ""))
         steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(f"[{punctuation}]"), "")]
-    if clean in ("canonicalize", "lower"):
-        steps += [normalizers.Lowercase()]
+    if clean in ("canonicalize", "lower"):  # as in Python, a capital sigma at the end of a word has a form of its own
+        steps += [normalizers.Replace(Regex(r"(?<=\p{L})\u03a3(?!\p{L})"), "\u03c2"), normalizers.Lowercase()]
     elif clean != "whitespace":
         raise ValueError(f"the tokenizer cleans texts by {clean!r}; known are canonicalize, lower and whitespace.")
     return [normalizers.NFC(), *steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]

@@ -1,13 +1,17 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Data sets of image-caption pairs: load them, find their columns, and make batches of pixel values and token ids."""
 
-from .collators import EvaluationCollator, PairCollator
-from .columns import find_columns
-from .data_arguments import DataArguments
-from .images import load_image
-from .items import PairDataset, StreamedPairDataset, build_pairs, set_epoch
-from .skip_budget import SkipBudget
-from .sources import load_pairs, load_splits
+from modeling_mlip.hub.extras import require_modules
+
+require_modules("Reading data sets", "train")  # before the imports that would fail
+
+from .collators import EvaluationCollator, PairCollator  # noqa: E402
+from .columns import find_columns  # noqa: E402
+from .data_arguments import DataArguments  # noqa: E402
+from .images import load_image  # noqa: E402
+from .items import PairDataset, StreamedPairDataset, build_pairs, set_epoch  # noqa: E402
+from .skip_budget import SkipBudget  # noqa: E402
+from .sources import load_pairs, load_splits  # noqa: E402
 
 __all__ = [
     "DataArguments",

@@ -4,6 +4,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .columns import CAPTION_COLUMNS, IMAGE_COLUMNS
+
 
 @dataclass
 class DataArguments:
@@ -30,13 +32,16 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     image_column: str | None = field(
         default=None,
-        metadata={"help": "The column of images, or of their paths or URLs; found by its usual names by default."},
+        metadata={
+            "help": "The column of images, or of their paths or URLs. Relative paths start at the folder of the table. "
+            f"By default the first of: {', '.join(IMAGE_COLUMNS)}."
+        },
     )
     caption_column: str | None = field(
         default=None,
         metadata={
-            "help": "The column of captions (strings or lists of strings); found by its usual names by default. A "
-            "field of a struct is named with a dot: json.caption."
+            "help": "The column of captions (strings or lists of strings). A field of a struct is named with a dot: "
+            f"json.caption. By default the first of: {', '.join(CAPTION_COLUMNS)}."
         },
     )
     caption_policy: Literal["first", "random", "all"] = field(

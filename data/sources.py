@@ -262,8 +262,7 @@ def _load_images(
     """Load a folder of images, whose classes are the folders that hold them if all are at one depth."""
     if options.captioned:
         raise ValueError(
-            f"{source}: found neither tar shards nor a metadata.csv or metadata.jsonl; add one with the columns "
-            "file_name and caption, or give your own table as train_file."
+            f"{source}: found neither tar shards nor a metadata.csv or metadata.jsonl; {caption_hint(files)}."
         )
     report_left_out(source, _without(files, images), "beside the images")
     names = sorted({path.parent.name for path in images})
@@ -295,6 +294,20 @@ def _load_pattern(options: ReadOptions, parameter: str, pattern: str) -> Dataset
     if len(extensions) > 1 or extensions[0] not in EXTENSIONS:
         raise ValueError(f"{source}: got {', '.join(extensions)} files; give one kind of {', '.join(EXTENSIONS)}.")
     return load_files(options, source, paths)
+
+
+def caption_hint(files: Sequence[Path], parameter: str = "train_file") -> str:
+    """How to give the captions of a folder of images without metadata files.
+
+    Args:
+        files: the files of the folder.
+        parameter: takes a table of captions.
+    """
+    columns = "the columns file_name and caption"
+    tables = [path.name for path in files if path.suffix.lower() in TABLES]
+    if tables:
+        return f"rename {tables[0]} to metadata{Path(tables[0]).suffix} with {columns}, or give it as {parameter}"
+    return f"add one with {columns}, or give your own table as {parameter}"
 
 
 def _without(paths: Sequence[Path], used: Sequence[Path]) -> list[Path]:

@@ -1,6 +1,7 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """`mlip benchmark`: accuracy, speed, FLOPs and memory of a model at each merge ratio and merge method.
 
+    mlip benchmark --model_name_or_path runs/mine --output_dir speed
     mlip benchmark --model_name_or_path runs/mine --validation_file test.parquet --output_dir bench
     mlip benchmark --model_name_or_path runs/mine --dataset_name cifar10 --output_dir bench \
         --merge_ratios 0 0.3 0.5 0.7 --merge_methods mlip tome elip --baseline openai/clip-vit-base-patch32
@@ -8,9 +9,10 @@
 Accuracy is the mean recall of retrieval if the data set has captions, else zero-shot accuracy. Speed is the speed of
 the image encoder on one batch of the data. Each round times every setting once, so a machine that slows down affects
 all settings alike. The command prints a table and writes benchmark.json and pareto.png.
+
+Without a data set only speed, FLOPs and memory are measured, on random images, and there is no picture.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -22,8 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor
 from transformers import HfArgumentParser
 from transformers.utils import logging
@@ -32,6 +36,7 @@ from modeling_mlip import MLIPModel
 from modeling_mlip.configuration_mlip import MERGE_METHODS
 from modeling_mlip.data.data_arguments import DataArguments
 from modeling_mlip.hub.atomic_files import write_atomically
+from modeling_mlip.hub.flag_help import FlagHelpFormatter, group_dataclasses
 from modeling_mlip.hub.formatting import format_table
 from modeling_mlip.hub.results import Result
 
@@ -161,6 +166,33 @@ class Accuracy:
     images: Tensor
 
 
+def has_source(data_args: DataArguments) -> bool:
+    """Whether the flags name a data set."""
+    return any((data_args.dataset_name, data_args.data_dir, data_args.train_file, data_args.validation_file))
+
+
+def measure_accuracies(
+    groups: Sequence[Sequence[Setting]],
+    data_args: DataArguments,
+    label_args: LabelArguments,
+    zero_shot: ZeroShotOptions,
+) -> list[Accuracy]:
+    """Evaluates the settings of each model in one pass over the data.
+
+    Raises:
+        ValueError, OSError: for data, labels or templates that do not fit.
+    """
+    splits = load_data(data_args)
+    tasks: list[Task] = [Retrieval()] if has_captions(splits, data_args) else []
+    if label_args.label_columns or not tasks:
+        tasks.append(ZeroShot(templates=zero_shot.templates))
+    elif zero_shot.templates:
+        raise ValueError(
+            f"templates={zero_shot.templates} has no effect: choose the columns to classify by with label_columns."
+        )
+    return [measure_accuracy(group, splits, tasks, data_args, label_args) for group in groups]
+
+
 def measure_accuracy(
     settings: Sequence[Setting],
     splits: Mapping[str, Rows],
@@ -208,7 +240,8 @@ def measure_cost(settings: Sequence[Setting], images: Mapping[int, Tensor], roun
         setting.apply()
         batch = images[id(setting.encoder)]
         speeds = sorted(len(batch) / seconds for seconds in all_seconds)
-        low, _, high = statistics.quantiles(speeds, n=4) if len(speeds) > 1 else speeds * 3
+        # "inclusive" quartiles stay within the measured speeds.
+        low, _, high = statistics.quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else speeds * 3
         encode = partial(setting.encoder.model.get_image_features, pixel_values=batch)
         memory = measure_peak_memory(encode, batch.is_cuda)
         costs.append(Cost(statistics.median(speeds), low, high, gflops_of(setting.encoder, batch), memory))
@@ -227,7 +260,8 @@ class Benchmark:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; `metric` is the name of the result that the picture shows."""
-        metric = main_result(self.rows[0].results).name
+        results = self.rows[0].results
+        metric = main_result(results).name if results else None
         return {**self.about, "metric": metric, "rows": [row.to_dict() for row in self.rows]}
 
 
@@ -247,38 +281,43 @@ def run_benchmark(
     groups = [benchmark_settings(encoder, args.merge_ratios, args.merge_methods)]
     if baseline is not None:
         groups.append([Setting(baseline, f"baseline: {Path(baseline.name).name}", None, lambda: None)])
-    # Step (1): accuracy, one pass over the data for each model
-    splits = load_data(data_args)
-    tasks: list[Task] = [Retrieval()] if has_captions(splits, data_args) else []
-    if label_args.label_columns or not tasks:
-        tasks.append(ZeroShot(templates=zero_shot.templates))
-    elif zero_shot.templates:
-        raise ValueError(
-            f"templates={zero_shot.templates} has no effect: choose the columns to classify by with label_columns."
-        )
-    accuracies = [measure_accuracy(group, splits, tasks, data_args, label_args) for group in groups]
+    encoders = [group[0].encoder for group in groups]
+    # Step (1): accuracy
+    if has_source(data_args):
+        accuracies = measure_accuracies(groups, data_args, label_args, zero_shot)
+        images = [accuracy.images for accuracy in accuracies]
+        results = [evaluation.results for accuracy in accuracies for evaluation in accuracy.evaluations]
+        data = {"dataset": dataset_name(data_args), **describe_data(accuracies[0])}
+    else:
+        images = [random_images(encoder) for encoder in encoders]
+        results = [[] for group in groups for _ in group]
+        data = {"dataset": None}
     # Step (2): cost, all settings of all models in turn
     settings = [setting for group in groups for setting in group]
-    images = {
-        id(group[0].encoder): batch_of(accuracy.images, group[0].encoder, args.batch_size)
-        for group, accuracy in zip(groups, accuracies, strict=True)
+    batches = {
+        id(encoder): batch_of(source, encoder, args.batch_size)
+        for encoder, source in zip(encoders, images, strict=True)
     }
-    costs = measure_cost(settings, images, args.rounds, args.warmup)
-    evaluations = [evaluation for accuracy in accuracies for evaluation in accuracy.evaluations]
+    costs = measure_cost(settings, batches, args.rounds, args.warmup)
     rows = [
-        BenchmarkRow(setting.method, setting.merge_ratio, evaluation.results, cost)
-        for setting, evaluation, cost in zip(settings, evaluations, costs, strict=True)
+        BenchmarkRow(setting.method, setting.merge_ratio, figures, cost)
+        for setting, figures, cost in zip(settings, results, costs, strict=True)
     ]
     about = {
         "model": encoder.name,
         "baseline": baseline.name if baseline is not None else None,
-        "dataset": dataset_name(data_args),
-        **describe_data(accuracies[0]),
+        **data,
         "batch_size": args.batch_size,
         "rounds": args.rounds,
         **describe_device(encoder),
     }
     return Benchmark(rows, about)
+
+
+def random_images(encoder: Encoder) -> Tensor:
+    """`(4, 3, H, W)`: noise as the model's own transform prepares it."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    return torch.stack([encoder.transform(Image.fromarray(pixels)) for pixels in noise])
 
 
 def batch_of(images: Tensor, encoder: Encoder, batch_size: int) -> Tensor:
@@ -315,8 +354,9 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
     """The rows to print, with the speed-up against the first row."""
     table: list[dict[str, Any]] = []
     for row in rows:
-        cost, main = row.cost, main_result(row.results)
-        shown = [main, *(result for result in row.results if result.k == 1 and result != main)]
+        cost, results = row.cost, row.results
+        shown = [main_result(results)] if results else []
+        shown += [result for result in results if result.k == 1 and result not in shown]
         table.append(
             {"method": row.method, "ratio": "" if row.merge_ratio is None else f"{row.merge_ratio:g}"}
             | {f"{result.title} (%)": result.value for result in shown}
@@ -350,12 +390,24 @@ def pareto_points(rows: Sequence[BenchmarkRow]) -> list[ParetoPoint]:
 # 4. The command
 
 
-def check_benchmark_flags(encoder_args: EncoderArguments, data_args: DataArguments, args: BenchmarkArguments) -> None:
+def check_benchmark_flags(
+    encoder_args: EncoderArguments,
+    data_args: DataArguments,
+    label_args: LabelArguments,
+    zero_shot: ZeroShotOptions,
+    args: BenchmarkArguments,
+) -> None:
     """Raises ValueError for what can be refused before a model is loaded."""
     if encoder_args.model_name_or_path is None:
         raise ValueError("Give the model to measure as --model_name_or_path, a folder or a Hub id.")
     if args.output_dir is None:
         raise ValueError(f"Give a folder for {RESULTS_FILE} and {PICTURE_FILE} as --output_dir.")
+    if not has_source(data_args):
+        names = ["label_columns", "class_names", "templates"]
+        values = [label_args.label_columns, label_args.class_names, zero_shot.templates]
+        given = [f"--{name}" for name, value in zip(names, values, strict=True) if value]
+        if given:
+            raise ValueError(f"{', '.join(given)} without a data set: give one as --validation_file or --data_dir.")
     if data_args.streaming:
         raise ValueError("The benchmark reads images twice, and a stream may change: leave out --streaming.")
     folder = Path(args.output_dir)
@@ -371,13 +423,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(
         (EncoderArguments, DataArguments, LabelArguments, ZeroShotOptions, BenchmarkArguments),
         prog="mlip benchmark",
+        usage="mlip benchmark --model_name_or_path MODEL --output_dir FOLDER [--FLAG VALUE ...]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=FlagHelpFormatter,
         allow_abbrev=False,
+    )
+    group_dataclasses(
+        parser,
+        {
+            "model": [EncoderArguments],
+            "benchmark": [BenchmarkArguments],
+            "data": [DataArguments],
+            "labels and loading": [LabelArguments, ZeroShotOptions],
+        },
     )
     encoder_args, data_args, label_args, zero_shot, args = parser.parse_args_into_dataclasses(arguments)
     # Step (1): what is cheap to refuse
-    check_benchmark_flags(encoder_args, data_args, args)
+    check_benchmark_flags(encoder_args, data_args, label_args, zero_shot, args)
     encoder = load_encoder(encoder_args.model_name_or_path, encoder_args.dtype, encoder_args.attn_implementation)
     if not isinstance(encoder.model, MLIPModel):
         raise ValueError(
@@ -392,16 +454,21 @@ def main(arguments: list[str] | None = None) -> None:
     # Step (3): show and write
     about, folder = benchmark.about, Path(args.output_dir)
     print(format_table(benchmark_table(benchmark.rows)))
+    data = "Random images; no accuracy without a data set"
+    if about["dataset"] is not None:
+        data = f"{about['split']} split of {about['dataset']}: {about['images']} images, {about['captions']} captions"
     print(
-        f"\n{about['split']} split of {about['dataset']}: {about['images']} images, {about['captions']} "
-        f"captions; {about['machine']}, {about['dtype']}, batches of {args.batch_size}, median of {args.rounds} "
+        f"\n{data}; {about['machine']}, {about['dtype']}, batches of {args.batch_size}, median of {args.rounds} "
         f"rounds.\nPeak memory: {about['peak_memory']}."
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RESULTS_FILE, json.dumps(benchmark.to_dict(), indent=2, allow_nan=False) + "\n")
-    label = f"{main_result(benchmark.rows[0].results).title} (%)"
-    plot_pareto(pareto_points(benchmark.rows), label, folder / PICTURE_FILE)
-    print(f"Written to {folder / RESULTS_FILE} and {folder / PICTURE_FILE}.")
+    written = [folder / RESULTS_FILE]
+    if about["dataset"] is not None:
+        label = f"{main_result(benchmark.rows[0].results).title} (%)"
+        plot_pareto(pareto_points(benchmark.rows), label, folder / PICTURE_FILE)
+        written.append(folder / PICTURE_FILE)
+    print(f"Written to {' and '.join(map(str, written))}.")
 
 
 if __name__ == "__main__":

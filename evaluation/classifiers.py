@@ -1,13 +1,14 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Logistic regression on frozen features: the linear probe and few-shot classification. It needs scikit-learn."""
 
-import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
+
+from modeling_mlip.hub.extras import require_modules
 
 from .metrics import accuracy_metrics
 
@@ -20,8 +21,7 @@ SPARE_SHOTS = 4  # extra images of each class and draw, which replace images tha
 
 def require_sklearn() -> None:
     """Raises ImportError with what to install if scikit-learn is missing."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise ImportError("Linear probes need scikit-learn, which is not installed: pip install scikit-learn.")
+    require_modules("A linear probe", "evaluate", "sklearn")
 
 
 def linear_probe_accuracy(

@@ -23,6 +23,7 @@ from modeling_mlip.configuration_mlip import MERGE_METHODS
 from modeling_mlip.data.images import image_transform
 from modeling_mlip.hub.configurations import START_CLASSES, saved_config
 from modeling_mlip.hub.errors import error_line
+from modeling_mlip.hub.extras import require_modules
 from modeling_mlip.hub.loading import load_pretrained, load_processor
 
 OPEN_CLIP = "open_clip:"
@@ -191,10 +192,9 @@ class OpenClipTokenizer:
 
 def _load_open_clip(source: str) -> Encoder:
     """The encoder of `open_clip:NAME:TAG` and the other forms that `load_encoder` lists."""
-    try:
-        import open_clip
-    except ImportError:
-        raise ImportError(f"{source} needs open_clip, which is not installed: pip install open_clip_torch.") from None
+    require_modules(source, "openclip", "open_clip")
+    import open_clip
+
     name = source.removeprefix(OPEN_CLIP)
     pretrained = None
     if not name.startswith(("hf-hub:", "local-dir:")):

@@ -13,7 +13,6 @@ A data set with captions is evaluated by retrieval, and by zero-shot classificat
 set without captions is evaluated by zero-shot classification for each of its label columns.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -24,8 +23,10 @@ from transformers import HfArgumentParser
 
 from modeling_mlip.data.columns import find_caption_column
 from modeling_mlip.data.data_arguments import DataArguments
-from modeling_mlip.data.sources import load_splits
+from modeling_mlip.data.source_files import list_files
+from modeling_mlip.data.sources import caption_hint, load_splits
 from modeling_mlip.hub.atomic_files import write_atomically
+from modeling_mlip.hub.flag_help import FlagHelpFormatter, group_dataclasses
 from modeling_mlip.hub.formatting import format_table
 from modeling_mlip.hub.model_card import add_to_model_card
 from modeling_mlip.hub.results import results_table
@@ -133,10 +134,17 @@ def load_data(data_args: DataArguments) -> dict[str, Rows]:
     """The whole splits of the source that the flags name.
 
     Raises:
-        ValueError, OSError: as `data.sources.load_splits`.
+        ValueError, OSError: as `data.sources.load_splits`, or for a folder of images without captions and classes.
     """
     source = {**data_args.source(), "max_train_samples": None, "max_eval_samples": None}
-    return dict(load_splits(image_column=data_args.image_column, **source))
+    splits = dict(load_splits(image_column=data_args.image_column, **source))
+    if data_args.data_dir and all(list(rows.features or ()) == ["image"] for rows in splits.values()):
+        hint = caption_hint(list_files(Path(data_args.data_dir).expanduser()), "validation_file")
+        raise ValueError(
+            f"data_dir={data_args.data_dir}: its images have no captions and no classes. For captions there is no "
+            f"metadata.csv or metadata.jsonl; {hint}. For classes, put the images of each class in its own folder."
+        )
+    return splits
 
 
 def has_captions(splits: Mapping[str, Rows], data_args: DataArguments) -> bool:
@@ -210,9 +218,20 @@ def main(arguments: list[str] | None = None) -> None:
             *(task.Options for task in TASKS.values()),
         ),
         prog="mlip evaluate",
+        usage="mlip evaluate --model_name_or_path MODEL [--FLAG VALUE ...]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=FlagHelpFormatter,
         allow_abbrev=False,
+    )
+    group_dataclasses(
+        parser,
+        {
+            "model": [EncoderArguments],
+            "evaluation": [EvaluationArguments],
+            "tasks": [task.Options for task in TASKS.values()],
+            "data": [DataArguments],
+            "labels and loading": [LabelArguments],
+        },
     )
     encoder_args, data_args, label_args, args, *options = parser.parse_args_into_dataclasses(arguments)
     # Step (1): the model, the data and the tasks

@@ -4,6 +4,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from modeling_mlip.hub.extras import require_modules
+
 DEFAULT_TEMPLATES = (
     "{}",
     "a photo of a {}.",
@@ -38,13 +40,9 @@ def read_templates(value: str) -> tuple[str, ...]:
     if value == "default":
         return DEFAULT_TEMPLATES
     if value in OPEN_CLIP_TEMPLATES:
-        try:
-            from open_clip import zero_shot_metadata
-        except ImportError:
-            raise ImportError(
-                f"templates={value!r} is a list of open_clip, which is not installed: pip install open_clip_torch, "
-                "or give 'default' or a file."
-            ) from None
+        require_modules(f"templates={value!r}", "openclip", "open_clip")
+        from open_clip import zero_shot_metadata
+
         return tuple(template("{}") for template in getattr(zero_shot_metadata, OPEN_CLIP_TEMPLATES[value]))
     if Path(value).is_file():
         return check_templates(read_lines(value), value)

@@ -32,7 +32,9 @@ def token_rescore(model: MLIPModel, encoded: EncodedPairs, weight: float) -> tup
     if bank is None:
         raise ValueError("The tokens were not kept; call encode_pairs(..., with_tokens=True).")
     device = model.device
-    scale, token_scale = temperature(model.logit_scale).item(), temperature(model.token_logit_scale).item()
+    has_maximum = model.config.instance_loss == "info_nce"
+    scale = (temperature(model.logit_scale) if has_maximum else model.logit_scale.exp()).item()
+    token_scale = temperature(model.token_logit_scale).item()
 
     def gather_tokens(images: list[int], captions: list[int]) -> TokenEmbeddings:
         text = [bank.text_tokens[caption].float() for caption in captions]

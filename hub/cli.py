@@ -13,10 +13,9 @@ import traceback
 from importlib.metadata import entry_points
 from typing import NoReturn
 
-from .errors import error_line, is_user_error
+from mlip_command import DEBUG_FLAG, ENTRY_POINT_GROUP, print_usage
 
-ENTRY_POINT_GROUP = "mlip.commands"
-DEBUG_FLAG = "--debug"
+from .errors import error_line, is_user_error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = arguments[1:] if debug else arguments
     commands = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     if not arguments or arguments[0] not in commands:
-        return _print_usage(arguments, sorted(commands))
+        return print_usage(arguments)
     name = arguments[0]
     try:
         commands[name].load()(arguments[1:])
@@ -50,18 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _print_usage(arguments: list[str], commands: list[str]) -> int:
-    is_help = arguments[:1] in (["-h"], ["--help"])
-    listing = ", ".join(commands)
-    print(
-        f"usage: mlip [{DEBUG_FLAG}] COMMAND ...\n\ncommands: {listing}\n"
-        f"'mlip COMMAND --help' describes a command. {DEBUG_FLAG} prints the traceback of an error."
-    )
-    if arguments and not is_help:
-        print(f"mlip: error: there is no command {arguments[0]!r}; choose one of {listing}.", file=sys.stderr)
-    return 0 if is_help else 2
-
-
 def _describe_bug(error: Exception) -> str:
     """One line that names the error and the file with its traceback."""
     with tempfile.NamedTemporaryFile("w", prefix="mlip-", suffix=".log", delete=False, encoding="utf-8") as log:
@@ -71,7 +58,7 @@ def _describe_bug(error: Exception) -> str:
 
 
 def run() -> NoReturn:
-    """The console script `mlip`: runs `main` and ends the process without Python's own teardown.
+    """Runs `main` for the console script, and ends the process without Python's own teardown.
 
     During the teardown, a thread of Arrow that closes a file of a stream can abort the process after all work is done
     (apache/arrow#45214). This function does what Python does before the teardown, in the same order as multiprocessing

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from matplotlib.figure import Figure
 
 from modeling_mlip import MLIPConfig
 
@@ -144,6 +143,8 @@ def plot_merge_ratios(results: Sequence[Result], path: str | Path) -> None:
     Args:
         results: each has "merge_ratio" in its setting.
     """
+    from matplotlib.figure import Figure  # `mlip convert` and `mlip push` work without matplotlib
+
     curves: dict[str, list[tuple[float, float]]] = {}
     for result in results:
         curves.setdefault(result.title, []).append((result.setting["merge_ratio"], result.value))

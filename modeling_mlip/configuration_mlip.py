@@ -280,8 +280,9 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
         token_loss_type: `"filip"` compares the tokens of every image with those of every caption (late interaction,
             arXiv 2111.07783); `"sparc"` compares, within each pair, every caption token with the image tokens that are
             similar to it (arXiv 2401.09865), at a cost linear in the batch.
-        token_loss_group_size: only for `"filip"`: maximum number of consecutive pairs of a batch that the token-level loss compares with
-            each other. `None` compares all pairs, which costs more than both towers from some hundreds of pairs on.
+        token_loss_group_size: only for `"filip"`: maximum number of consecutive pairs of a batch that the token-level
+            loss compares with each other. `None` compares all pairs, which costs more than both towers from some
+            hundreds of pairs on.
         token_loss_frequency: adds the frequency features to the image tokens of the token-level loss.
 
     Example:

@@ -159,7 +159,9 @@ def sigmoid_losses(rows: SigmoidRows, columns: SigmoidColumns) -> torch.Tensor:
     """`(K,)`, the `sigmoid_loss` of each domain on one block of captions."""
     positives = positive_pairs(rows.keys, columns.keys)
     domains = zip(rows.image_embeds, rows.logit_scales, rows.logit_biases, strict=True)
-    return torch.stack([sigmoid_loss(embeds, columns.text_embeds, *scalars, positives) for embeds, *scalars in domains])
+    return torch.stack(
+        [sigmoid_loss(embeds, columns.text_embeds, scale, bias, positives) for embeds, scale, bias in domains]
+    )
 
 
 def token_scores(

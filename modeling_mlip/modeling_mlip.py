@@ -689,14 +689,14 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             tower.config.merge_ratio = merge_ratio
 
 
-def text_projection_of(config: MLIPTextConfig) -> nn.Module:
+def text_projection_of(config: MLIPTextConfig) -> nn.Linear | nn.Identity:
     """The map `(T, D)` -> `(T, P)` of pooled captions; no operation without `use_text_projection`."""
     if not config.use_text_projection:
         return nn.Identity()
     return nn.Linear(config.hidden_size, config.projection_dim, bias=config.text_projection_bias)
 
 
-def visual_projection_of(config: MLIPVisionConfig) -> nn.Module:
+def visual_projection_of(config: MLIPVisionConfig) -> nn.Linear | nn.Identity:
     """The map `(B, D)` -> `(B, P)` of pooled images; no operation without `use_visual_projection`."""
     if not config.use_visual_projection:
         return nn.Identity()
@@ -977,8 +977,8 @@ class MLIPModel(MLIPPreTrainedModel):
 
         self.text_model = MLIPTextModel._from_config(config.text_config)
         self.vision_model = MLIPVisionModel._from_config(config.vision_config)
-        self.visual_projection = visual_projection_of(config.vision_config)
-        self.text_projection = text_projection_of(config.text_config)
+        self.visual_projection = visual_projection_of(self.vision_model.config)
+        self.text_projection = text_projection_of(self.text_model.config)
         self.frequency_projection = projection(frequency_size, config.has_frequency_loss)
         self.token_visual_projection = projection(vision_size, has_token_loss)
         self.token_text_projection = projection(text_size, has_token_loss)
@@ -1029,7 +1029,7 @@ class MLIPModel(MLIPPreTrainedModel):
         if self.token_visual_projection is not None:
             self.token_visual_projection.weight.copy_(self.token_to_embedding())
             if self.config.text_config.use_text_projection:
-                self.token_text_projection.weight.copy_(self.text_projection.weight)
+                self.token_text_projection.weight.copy_(self.text_projection.get_parameter("weight"))
             else:
                 nn.init.eye_(self.token_text_projection.weight)
 
@@ -1043,7 +1043,7 @@ class MLIPModel(MLIPPreTrainedModel):
             pooling = torch.eye(len(layernorm), dtype=layernorm.dtype, device=layernorm.device)
         if not self.config.vision_config.use_visual_projection:
             return pooling
-        projection = self.visual_projection.weight
+        projection = self.visual_projection.get_parameter("weight")
         return projection if head is None else projection @ pooling.to(projection.device)
 
     @can_return_tuple

@@ -10,6 +10,7 @@ from modeling_mlip.data.shapes import shapes_dataset
 from modeling_mlip.hub.cli import main as mlip
 
 SMALL = ["--hidden_size", "48", "--num_hidden_layers", "2", "--num_attention_heads", "3", "--patch_size", "16"]
+SMALL += ["--token_loss_weight", "0.1"]
 
 
 @pytest.fixture(scope="module")

@@ -134,8 +134,15 @@ class ModelLosses(ObjectivePart):
         rows = rows._replace(tokens=None)
         if config.instance_loss == "info_nce":
             return PairColumns(**{**exchange.gather(rows)._asdict(), "tokens": tokens})
-        keys = exchange.gather((rows.caption_keys, rows.image_keys))
-        return PairColumns(None, None, *keys, tokens=tokens, sum_over_chunks=exchange.sum_over_chunks)
+        caption_keys, image_keys = exchange.gather((rows.caption_keys, rows.image_keys))
+        return PairColumns(
+            image_embeds=None,
+            text_embeds=None,
+            caption_keys=caption_keys,
+            image_keys=image_keys,
+            tokens=tokens,
+            sum_over_chunks=exchange.sum_over_chunks,
+        )
 
     def forward(self, model: Any, rows: PairEmbeddings, columns: PairColumns | None) -> dict[str, torch.Tensor]:
         losses = model.compute_losses(rows, columns)

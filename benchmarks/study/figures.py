@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from run import steps_of
+from run import clip_steps, steps_of
 from study_data import StudyData, read_study_data
 
 from modeling_mlip.hub.formatting import format_table
@@ -52,7 +52,7 @@ def metrics_table(record: dict[str, Any], equal: str) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"": arm, "seeds": len(runs), "steps": runs[0]["steps"]}
         row["step time / CLIP's"] = record["step_seconds"][arm] / record["step_seconds"]["CLIP"]
         if arm in (gflops := record.get("step_gflops", {})):
-            row["FLOPs of a run / CLIP's"] = gflops[arm] * row["steps"] / (gflops["CLIP"] * record["data"]["steps"])
+            row["FLOPs of a run / CLIP's"] = gflops[arm] * row["steps"] / (gflops["CLIP"] * clip_steps(record))
         for name in SHOWN:
             if name in runs[0]:
                 row[name.replace("_", " ")] = mean_and_spread([run[name] for run in runs])

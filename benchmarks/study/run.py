@@ -85,9 +85,11 @@ IMAGES_AT_ONCE, CAPTIONS_AT_ONCE = 100, 1000
 # One run
 
 
-def build_arm_model(arm: str, tokenizer: Any, image_size: int) -> MLIPModel:
-    """Build `tiny` with the overrides of an arm and the special ids of the tokenizer."""
-    overrides = {name: value for name, value in ARMS[arm].items() if name not in SCHEDULE}
+def build_arm_model(
+    arm: str, tokenizer: Any, image_size: int, overrides: dict[str, Any], attn_implementation: str = "eager"
+) -> MLIPModel:
+    """Build `tiny` with the overrides of the data set and of an arm, and the special ids of the tokenizer."""
+    overrides = overrides | {name: value for name, value in ARMS[arm].items() if name not in SCHEDULE}
     config = named_config("tiny")
     if image_size != config.vision_config.image_size:
         overrides["image_size"] = image_size
@@ -96,12 +98,29 @@ def build_arm_model(arm: str, tokenizer: Any, image_size: int) -> MLIPModel:
         name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
     config = MLIPConfig(**{**config.to_dict(), "text_config": {**text, "vocab_size": len(tokenizer)}})
-    return MLIPModel._from_config(config, attn_implementation="eager")
+    return MLIPModel._from_config(config, attn_implementation=attn_implementation)
 
 
-def train_arm(data: StudyData, arm: str, seed: int, steps: int, bf16: bool) -> dict[str, Any]:
+def attention_on(device: str) -> str:
+    return "eager" if device == "cpu" else "sdpa"
+
+
+def prepare_threads(device: str) -> None:
+    """One thread for a run on a CPU; the images of a run on a GPU are augmented by all cores."""
+    torch.set_num_threads(1 if device == "cpu" else os.cpu_count() or 1)
+
+
+def read_device_clock(device: str) -> float:
+    """CPU seconds of this process, or wall-clock seconds after the device has finished."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def train_arm(data: StudyData, arm: str, seed: int, steps: int, bf16: bool, device: str = "cpu") -> dict[str, Any]:
     """Train and evaluate one arm; return its entry of the result file."""
-    torch.set_num_threads(1)
+    prepare_threads(device)
     set_seed(seed)
     loaded = load_study_data(data)
     images, captions = loaded["train"]
@@ -110,17 +129,18 @@ def train_arm(data: StudyData, arm: str, seed: int, steps: int, bf16: bool) -> d
     image_processor = CLIPImageProcessor(
         size=size, crop_size=size, image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3
     )
-    model = build_arm_model(arm, tokenizer, data.image_size)
+    model = build_arm_model(arm, tokenizer, data.image_size, data.model, attention_on(device))
     with tempfile.TemporaryDirectory() as folder:
         trainer = MLIPTrainer(
             model,
-            training_arguments(data, arm, seed, steps, bf16, folder),
+            training_arguments(data, arm, seed, steps, bf16, folder, device),
             train_dataset=InMemoryPairs(images, captions, data),
             processing_class=CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer),
         )
-        start = time.process_time()
+        start = read_device_clock(device)
         trainer.train()
-    run = {"arm": arm, "seed": seed, "steps": steps, "cpu_seconds": round(time.process_time() - start, 1)}
+    seconds_name = "cpu_seconds" if device == "cpu" else "seconds"
+    run = {"arm": arm, "seed": seed, "steps": steps, seconds_name: round(read_device_clock(device) - start, 1)}
 
     def measure() -> dict[str, float]:
         return evaluate_arm(data, model, tokenizer, loaded, bf16)
@@ -129,7 +149,7 @@ def train_arm(data: StudyData, arm: str, seed: int, steps: int, bf16: bool) -> d
 
 
 def training_arguments(
-    data: StudyData, arm: str, seed: int, steps: int, bf16: bool, folder: str
+    data: StudyData, arm: str, seed: int, steps: int, bf16: bool, folder: str, device: str = "cpu"
 ) -> MLIPTrainingArguments:
     return MLIPTrainingArguments(
         folder,
@@ -139,7 +159,7 @@ def training_arguments(
         learning_rate=data.learning_rate,
         seed=seed,
         bf16=bf16,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -196,19 +216,22 @@ def evaluate_arm(
     caption_ids = torch.unique(torch.tensor([first_place[text] for text in texts]), return_inverse=True)[1]
     normalize = torch.nn.functional.normalize
     recalls, image_embeds = [], []
-    with evaluating(model), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        slices = zip(*(encoded[name].split(CAPTIONS_AT_ONCE) for name in ("input_ids", "attention_mask")), strict=True)
+    device = model.device.type
+    with evaluating(model), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        slices = zip(
+            *(encoded[name].to(device).split(CAPTIONS_AT_ONCE) for name in ("input_ids", "attention_mask")), strict=True
+        )
         embeds = [model.get_text_features(ids, attention_mask=mask).pooler_output for ids, mask in slices]
-        text_embeds = normalize(torch.cat(embeds).float(), dim=-1)
+        text_embeds = normalize(torch.cat(embeds).float(), dim=-1).cpu()
         for copy in copies:
-            slices = ((pixels - PIXEL_MEAN) / PIXEL_STD for pixels in copy.split(IMAGES_AT_ONCE))
+            slices = ((pixels.to(device) - PIXEL_MEAN) / PIXEL_STD for pixels in copy.split(IMAGES_AT_ONCE))
             embeds = [model.get_image_features(pixels).pooler_output for pixels in slices]
-            image_embeds.append(normalize(torch.cat(embeds).float(), dim=-1))
+            image_embeds.append(normalize(torch.cat(embeds).float(), dim=-1).cpu())
             recalls.append(retrieval_metrics(image_embeds[-1], text_embeds, caption_image, caption_ids))
     metrics = mean_recalls(recalls, data.recall_at)
     for name, (labels, class_names) in loaded["labels"].items():
-        classes = class_embeddings(model, tokenizer, class_names, [data.zero_shot[name]], "cpu", MAX_SEQ_LENGTH)
-        metrics[f"{name}_accuracy"] = zero_shot_metrics(image_embeds[0], labels, classes)["accuracy@1"]
+        classes = class_embeddings(model, tokenizer, class_names, [data.zero_shot[name]], device, MAX_SEQ_LENGTH)
+        metrics[f"{name}_accuracy"] = zero_shot_metrics(image_embeds[0], labels, classes.cpu())["accuracy@1"]
     return {name: round(value, 2) for name, value in metrics.items()}
 
 
@@ -231,7 +254,9 @@ def flatten(captions: list[list[str]]) -> list[str]:
 # Equal compute
 
 
-def calibrate(data: StudyData, arms: list[str], rounds: int, bf16: bool) -> dict[str, dict[str, float]]:
+def calibrate(
+    data: StudyData, arms: list[str], rounds: int, bf16: bool, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
     """The cost of a training step of each arm.
 
     The settings of some arms change during training. Their cost is the mean at 1/6, 3/6 and 5/6 of the run.
@@ -240,17 +265,22 @@ def calibrate(data: StudyData, arms: list[str], rounds: int, bf16: bool) -> dict
         "step_seconds": CPU seconds, the median over rounds, in each of which all arms take one step.
         "step_gflops": matrix products, convolutions and attention of the forward and the backward pass.
     """
-    torch.set_num_threads(1)
+    prepare_threads(device)
     set_seed(0)
     images, captions = load_study_data(data)["train"]
     tokenizer = train_tokenizer(flatten(captions), max_seq_length=MAX_SEQ_LENGTH)
     texts = [image_captions[0] for image_captions in captions[: data.batch]]
     batch = dict(tokenizer(texts, padding=True, truncation=True, max_length=MAX_SEQ_LENGTH, return_tensors="pt"))
     batch["pixel_values"] = (images[: data.batch].float() / 255 - PIXEL_MEAN) / PIXEL_STD
-    models = {arm: build_arm_model(arm, tokenizer, data.image_size).train() for arm in arms}
+    batch = {name: values.to(device) for name, values in batch.items()}
+    models = {
+        arm: build_arm_model(arm, tokenizer, data.image_size, data.model, attention_on(device)).to(device).train()
+        for arm in arms
+    }
     optimizers = {arm: torch.optim.AdamW(model.parameters(), lr=1e-5) for arm, model in models.items()}
     schedules = {
-        arm: StepSchedule(model, training_arguments(data, arm, 0, 7, False, "unused")) for arm, model in models.items()
+        arm: StepSchedule(model, training_arguments(data, arm, 0, 7, False, "unused", device))
+        for arm, model in models.items()
     }
     seconds: dict[str, list[list[float]]] = {arm: [] for arm in arms}
     gflops: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -290,21 +320,29 @@ def add_costs(record: dict[str, Any], costs: dict[str, dict[str, float]]) -> Non
 
 
 def time_step(model: MLIPModel, optimizer: torch.optim.Optimizer, batch: dict[str, Any], bf16: bool) -> float:
-    """CPU seconds of one training step."""
-    start = time.process_time()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    """Seconds of one training step by `read_device_clock`."""
+    device = model.device.type
+    start = read_device_clock(device)
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
         loss = model(**batch, return_loss=True).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return time.process_time() - start
+    return read_device_clock(device) - start
+
+
+def clip_steps(record: dict[str, Any]) -> int:
+    """Training steps of CLIP: those of the data set, or those that fit into `--seconds_per_run`."""
+    if "seconds_per_run" in record:
+        return max(round(record["seconds_per_run"] / record["step_seconds"]["CLIP"]), 1)
+    return record["data"]["steps"]
 
 
 def steps_of(record: dict[str, Any], arm: str, equal: str) -> int:
     """Training steps of an arm: as many as CLIP ("steps"), those that fit into CLIP's time ("compute"), or into 60 % of
     it ("short")."""
-    seconds, steps = record["step_seconds"], record["data"]["steps"]
+    seconds, steps = record["step_seconds"], clip_steps(record)
     affordable = steps * seconds["CLIP"] / seconds[arm]
     return {"steps": steps, "compute": round(affordable), "short": round(0.6 * affordable)}[equal]
 
@@ -329,6 +367,8 @@ def parse_study_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--parallel", type=int, default=max(os.cpu_count() or 1, 1), help="Number of runs at a time.")
     parser.add_argument("--calibration_rounds", type=int, default=10)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: times are by the clock.")
+    parser.add_argument("--seconds_per_run", type=float, help="Of CLIP, instead of the steps of the data set.")
     parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="Train in float32.")
     parser.add_argument("--run", nargs=3, metavar=("ARM", "SEED", "STEPS"), help="Do one run and print it as JSON.")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="Folder of the result file.")
@@ -344,19 +384,22 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from None
     if flags.run:
         arm, seed, steps = flags.run
-        print(json.dumps(train_arm(data, arm, int(seed), int(steps), flags.bf16)))
+        print(json.dumps(train_arm(data, arm, int(seed), int(steps), flags.bf16, flags.device)))
         return
 
     path = flags.output_dir / f"{data.name}.json"
-    record = start_record(path, data, flags.bf16)
+    record = start_record(path, data, flags.bf16, flags.device)
+    if flags.seconds_per_run is not None:
+        record["seconds_per_run"] = flags.seconds_per_run
     uncalibrated = [arm for arm in flags.arms if arm not in record.get("step_seconds", {})]
     if uncalibrated:
-        add_costs(
-            record, calibrate(data, list(dict.fromkeys(["CLIP", *uncalibrated])), flags.calibration_rounds, flags.bf16)
-        )
-        record = {"machine": describe_processor(), "bf16": flags.bf16, **record}
+        arms = list(dict.fromkeys(["CLIP", *uncalibrated]))
+        add_costs(record, calibrate(data, arms, flags.calibration_rounds, flags.bf16, flags.device))
+        machine = describe_processor() if flags.device == "cpu" else describe_gpu()
+        record = {"machine": machine, "bf16": flags.bf16, **record}
         write_record(path, record)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if flags.device == "cpu" else {}
+    environment = {**os.environ, **one_thread, "TQDM_DISABLE": "1"}
 
     def start_run(run: tuple[str, int, int]) -> dict[str, Any]:
         command = [sys.executable, __file__, *arguments, "--run", *map(str, run)]
@@ -368,15 +411,18 @@ def main(arguments: list[str] | None = None) -> None:
     do_runs(start_run, missing_runs(record, flags), flags.parallel, record, path)
 
 
-def start_record(path: Path, data: StudyData, bf16: bool) -> dict[str, Any]:
+def start_record(path: Path, data: StudyData, bf16: bool, device: str = "cpu") -> dict[str, Any]:
     """Read the result file, or begin a new one. Arms that are new since then are added to it.
 
     Raises:
         SystemExit: if the result file holds runs with other settings.
     """
-    record = json.loads(path.read_text()) if path.exists() else {"arms": {}, "data": data.record(), "runs": []}
+    device_entry = {} if device == "cpu" else {"device": device}  # result files of a CPU have no such entry
+    new_record = {"arms": {}, "data": data.record(), **device_entry, "runs": []}
+    record = json.loads(path.read_text()) if path.exists() else new_record
     changed = [arm for arm, settings in record["arms"].items() if ARMS.get(arm) != settings]
-    if changed or record["data"] != data.record() or record.get("bf16", bf16) != bf16:
+    is_other = record["data"] != data.record() or record.get("device", "cpu") != device
+    if changed or is_other or record.get("bf16", bf16) != bf16:
         raise SystemExit(f"{path} holds runs with other settings; move it to another folder to start again.")
     return {**record, "arms": ARMS}
 
@@ -424,6 +470,10 @@ def describe_processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line for line in lines if "model name" in line), "?: ?")
     return f"{cpu.partition(': ')[2]} ({platform.machine()}), one core for each run; torch {torch.__version__}"
+
+
+def describe_gpu() -> str:
+    return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPProcessor
+from transformers import CLIPProcessor, PreTrainedTokenizerBase
 
 from modeling_mlip import MLIPModel
 from modeling_mlip.frequency import apply_spectral_filter
@@ -176,13 +176,31 @@ def _record(model: MLIPModel) -> Iterator[_Recording]:
 
 def _tokenize(model: MLIPModel, processor: CLIPProcessor, caption: str) -> dict[str, Any]:
     """`input_ids` and `attention_mask` `(1, L)`, and `offset_mapping` `(1, L, 2)`."""
-    return processor.tokenizer(
+    tokenizer = processor.tokenizer
+    text = tokenizer(
         caption,
         truncation=True,
         max_length=model.config.text_config.max_position_embeddings,
-        return_offsets_mapping=True,
+        return_offsets_mapping=tokenizer.is_fast,
+        return_attention_mask=True,
         return_tensors="pt",
     )
+    if not tokenizer.is_fast:
+        text["offset_mapping"] = torch.tensor([offsets_by_word(tokenizer, caption, text["input_ids"].shape[1])])
+    return text
+
+
+def offsets_by_word(tokenizer: PreTrainedTokenizerBase, caption: str, num_tokens: int) -> list[tuple[int, int]]:
+    """(start, end) in the caption for each of L tokens, of a tokenizer that does not give offsets: those of the word
+    between spaces that a token belongs to; (0, 0) for the tokens after the last word.
+
+    In sentencepiece no token crosses a space, so the tokens of a caption are those of its words.
+    """
+    offsets = []
+    for match in re.finditer(r"\S+", caption):
+        offsets += [match.span()] * len(tokenizer(match.group(), add_special_tokens=False)["input_ids"])
+    offsets = offsets[: num_tokens - 1]  # the last token is EOS
+    return offsets + [(0, 0)] * (num_tokens - len(offsets))
 
 
 def _stages(

@@ -135,7 +135,7 @@ def draw_words(path: Path, image: np.ndarray, words: Sequence[tuple[str, np.ndar
         heat = dict(cmap=MAPS, vmin=lowest, vmax=max(highest, lowest + 1e-6), extent=(0, W, H, 0))
         drawn = axes.imshow(scores, alpha=0.65, interpolation="nearest", **heat)
     bar = figure.colorbar(drawn, ax=grid, aspect=12 * len(grid))
-    bar.set_label("cosine similarity (beside each word: its maximum)", **LABELS)
+    bar.set_label("cosine similarity", **LABELS)
     _save(figure, path)
 
 

@@ -27,6 +27,7 @@ from modeling_mlip import MLIPConfig, MLIPModel
 from modeling_mlip.configuration_mlip import MERGE_METHODS
 from modeling_mlip.data.images import read_image
 from modeling_mlip.hub.configurations import override_config, saved_config
+from modeling_mlip.hub.flag_help import FlagHelpFormatter
 from modeling_mlip.hub.loading import load_pretrained, load_processor
 
 from ..html_page import write_page
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="mlip visualize",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=FlagHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(

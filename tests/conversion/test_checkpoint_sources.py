@@ -118,7 +118,7 @@ def test_activation_is_not_guessed(tmp_path, state):
 @pytest.mark.parametrize(
     ("name", "tower"),
     [
-        ("ViT-B-16-SigLIP", "SigLIP"),
+        ("nllb-clip-base-siglip", "Hugging Face text tower"),
         ("RN50", "ResNet"),
         ("convnext_base", "convnext_base"),
         ("coca_ViT-B-32", "CoCa"),
@@ -140,8 +140,8 @@ def test_other_towers_are_refused_in_one_line_before_weights_are_read(tmp_path, 
 
 
 def test_other_models_of_transformers_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
-    with pytest.raises(ValueError, match="'siglip', which is not supported"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip"}))
+    with pytest.raises(ValueError, match="'blip', which is not supported"):
         convert_checkpoint(tmp_path)
 
 

@@ -14,10 +14,11 @@ from transformers import AutoModel, AutoProcessor, CLIPModel
 
 from modeling_mlip import MLIPConfig, MLIPModel
 from modeling_mlip.conversion import open_clip_configurations as configs
-from modeling_mlip.conversion import parity, tables
+from modeling_mlip.conversion import parity, tables, transformers_configurations
 from modeling_mlip.conversion.checkpoints import convert, convert_checkpoint
 from modeling_mlip.conversion.convert import main
 from modeling_mlip.conversion.export import export_checkpoint
+from modeling_mlip.conversion.speedup import choose_merging
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -91,7 +92,8 @@ def test_half_precision_stays_and_comes_back_to_the_bit(tmp_path, dtype):
 
 def test_own_parts_start_where_fine_tuning_starts_sensibly(tmp_path):
     source, _ = clip_folder(tmp_path / "clip")
-    keys = dict(merge_ratio=0.5, merge_layers=[1], frequency_hidden_size=16, token_loss_frequency=True)
+    keys = dict(merge_ratio=0.5, merge_layers=[1], frequency_hidden_size=16)
+    keys |= dict(token_loss_weight=0.1, token_loss_frequency=True)
     ours, _ = convert_checkpoint(source, **keys)
     assert ours.config.merge_ratio == 0.5 and ours.config.merge_layers == [1]
     assert ours.config.vision_config.frequency_hidden_size == 16
@@ -111,12 +113,13 @@ def test_parity_report_sees_a_wrong_activation_and_a_wrong_bias(tmp_path):
     conversion = convert(source)
     assert conversion.report.passed
     ours = conversion.model
-    oracle = parity.clip_oracle(configs.clip_of_mlip_config(ours.config), tables_of(ours))
+    oracle = parity.clip_oracle(transformers_configurations.clip_of_mlip_config(ours.config), tables_of(ours))
     ours.vision_model.encoder.layers[1].mlp.fc2.bias.data[0] += 0.01
     assert not parity.compare(ours, oracle).passed
     config = json.loads((source / "config.json").read_text())
     config["vision_config"]["hidden_act"] = "gelu"
-    wrong = parity.clip_oracle(configs.mlip_config_of_clip(CLIPModel.config_class(**config)), tables_of(ours))
+    wrong = transformers_configurations.mlip_config_of_clip(CLIPModel.config_class(**config))
+    wrong = parity.clip_oracle(wrong, tables_of(ours))
     report = parity.compare(ours, wrong)
     assert not report.passed and "FAILED" in str(report)
 
@@ -148,6 +151,18 @@ def test_command_converts_there_and_back_into_one_folder_for_both(tmp_path, caps
     clip = CLIPModel.from_pretrained(tmp_path / "both")
     logits = clip(input_ids=ids, pixel_values=images).logits_per_image
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_command_chooses_the_merging_for_a_speedup(tmp_path, capsys):
+    source = open_clip_folder(tmp_path / "source")
+    main([str(source), str(tmp_path / "mlip"), "--speedup", "1.2"])
+    config = AutoModel.from_pretrained(tmp_path / "mlip").config
+    chosen = choose_merging(config.vision_config, 1.2)
+    assert (config.merge_ratio, config.merge_layers) == (chosen["merge_ratio"], chosen["merge_layers"])
+    assert f"For 1.2 times fewer FLOPs: --merge_ratio {config.merge_ratio}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--speedup 2.0 chooses --merge_ratio and --merge_layers"):
+        main([str(source), str(tmp_path / "other"), "--speedup", "2", "--merge_ratio", "0.5"])
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("use", ["gate", "frequency_embed_weight"])

@@ -6,7 +6,7 @@ import json
 import open_clip
 import pytest
 import torch
-from conftest import small_model
+from conftest import small_config
 from conversion_cases import clip_folder, open_clip_folder
 from transformers import CLIPConfig
 
@@ -16,7 +16,8 @@ from modeling_mlip.conversion.checkpoint_sources import read_source
 from modeling_mlip.conversion.checkpoints import _build_config, convert_checkpoint
 from modeling_mlip.conversion.convert import main
 from modeling_mlip.conversion.export import export_checkpoint
-from modeling_mlip.conversion.open_clip_configurations import mlip_config_of_clip, model_cfg_of_name
+from modeling_mlip.conversion.open_clip_configurations import model_cfg_of_name, open_clip_of_mlip_config
+from modeling_mlip.conversion.transformers_configurations import clip_of_mlip_config, mlip_config_of_clip
 from modeling_mlip.hub.configurations import override_config, pretrained_config
 from modeling_mlip.hub.verification import local_path_in
 
@@ -116,9 +117,9 @@ def test_a_name_without_open_clip_says_what_to_install(monkeypatch):
         model_cfg_of_name("ViT-B-32")
 
 
-def test_a_tower_without_a_class_token_is_refused(tmp_path):
-    _, processor = convert_checkpoint(open_clip_folder(tmp_path / "source"))
-    model = small_model(vision={"use_class_token": False, "pooling": "mean"})
-    with pytest.raises(ValueError, match="use_class_token=False.*mlip push"):
-        export_checkpoint(model, processor, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_tower_without_a_class_token_or_a_counterpart_is_refused():
+    config = small_config(vision={"use_class_token": False, "pooling": "mean"})
+    with pytest.raises(ValueError, match="OpenCLIP has no image tower like this.*mlip push"):
+        open_clip_of_mlip_config(config)
+    with pytest.raises(ValueError, match="CLIPModel does not have mean pooling.*without class token"):
+        clip_of_mlip_config(config)

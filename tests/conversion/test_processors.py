@@ -106,5 +106,5 @@ def test_settings_without_a_counterpart_are_refused():
 
 def test_a_vocabulary_that_is_not_there_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(processors.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match="CLIP's vocabulary was not found.*install open_clip_torch"):
+    with pytest.raises(OSError, match="CLIP's vocabulary was not found.*pip install 'modeling-mlip"):
         processors._clip_tokenizer(tmp_path)

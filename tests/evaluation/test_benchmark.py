@@ -76,6 +76,21 @@ def test_a_classification_set_is_swept_by_zero_shot_accuracy(sources, files, tmp
     assert row["zero_shot_label_accuracy@1"] == found[0].value
 
 
+def test_without_a_data_set_speed_is_measured_alone(sources, tmp_path, capsys):
+    output = tmp_path / "bench"
+    flags = ["--merge_ratios", "0", "0.5", "--merge_methods", "mlip", "--baseline", sources["open_clip"]]
+    assert run(sources, output, *flags) == 0
+    content, rows = read_rows(output)
+    assert (content["dataset"], content["metric"]) == (None, None)
+    assert [(row["method"], row["merge_ratio"], row["results"]) for row in rows][:2] == [
+        ("none", 0, []),
+        ("mlip", 0.5, []),
+    ]
+    assert len(rows) == 3 and rows[0]["gflops_per_image"] > rows[1]["gflops_per_image"] > 0
+    assert [path.name for path in output.iterdir()] == ["benchmark.json"]
+    assert "no accuracy without a data set" in capsys.readouterr().out
+
+
 def test_flops_are_those_of_the_formula_for_clip(sources):
     encoder = load_encoder(sources["clip"])
     config = encoder.model.config.vision_config
@@ -132,6 +147,7 @@ def test_bad_input_is_refused_before_anything_is_measured(sources, files, tmp_pa
         ([*pairs, "--model_name_or_path", sources["clip"]], "merges no tokens; give it as --baseline"),
         ([*pairs, "--baseline", str(tmp_path)], "holds no config.json"),
         ([*pairs, "--streaming"], "leave out --streaming"),
+        (["--label_columns", "shape"], "--label_columns without a data set"),
     ]
     for flags, message in cases:
         assert run(sources, tmp_path / "bench", *flags) == 1, flags

@@ -21,7 +21,7 @@ from modeling_mlip.data import items as data
 from modeling_mlip.data.collators import tokenize
 from modeling_mlip.data.images import read_image
 from modeling_mlip.data.shapes import PROMPTS
-from modeling_mlip.data.sources import load_splits
+from modeling_mlip.data.sources import load_pairs, load_splits
 from modeling_mlip.evaluation import classifiers as classification
 from modeling_mlip.evaluation.classifiers import draw_shots, few_shot_accuracy, linear_probe_accuracy
 from modeling_mlip.evaluation.encoders import load_encoder, set_merging
@@ -361,9 +361,28 @@ def test_bad_input_is_refused_in_one_line_that_names_it(sources, files, tmp_path
         assert line.startswith("mlip evaluate: error:") and message in line, (flags, line)
 
 
+def test_images_beside_a_table_get_a_hint_that_names_it(sources, splits, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, row in enumerate(splits["validation"].select(range(3))):
+        row["image"].save(folder / f"{number}.png")
+    flags = ["--model_name_or_path", sources["mlip"], "--data_dir", str(folder)]
+    for command in ("evaluate", "benchmark"):
+        assert (
+            mlip([command, *flags, *(["--output_dir", str(tmp_path / "out")] if command == "benchmark" else [])]) == 1
+        )
+        assert "add one with the columns file_name and caption" in capsys.readouterr().err
+    (folder / "captions.csv").write_text("image,caption\n0.png,a red star\n")
+    hint = "rename captions.csv to metadata.csv with the columns file_name and caption, or give it as "
+    assert mlip(["evaluate", *flags]) == 1
+    assert f"{hint}validation_file" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"{hint}train_file"):
+        load_pairs(data_dir=str(folder))
+
+
 def test_without_scikit_learn_probes_say_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
+    with pytest.raises(ImportError, match=r"pip install 'modeling-mlip\[evaluate\]'"):
         classification.require_sklearn()
 
 

@@ -363,10 +363,14 @@ def test_reranking_of_constant_scores_scores_zero():
     assert set(retrieval_metrics(embeds, embeds, torch.arange(30), None, 5, same).values()) == {0}
 
 
-def test_token_scores_of_reranking_are_those_of_the_loss():
-    model = open_gate(small_model(vision={"merge_ratio": 0.5}))
+@pytest.mark.parametrize("instance_loss", ["info_nce", "sigmoid"])
+def test_token_scores_of_reranking_are_those_of_the_loss(instance_loss):
+    model = open_gate(small_model(vision={"merge_ratio": 0.5}, instance_loss=instance_loss))
     with torch.no_grad():
         model.token_logit_scale.fill_(1.5)
+        if instance_loss == "sigmoid":
+            model.logit_scale.fill_(5.0)  # above the maximum of InfoNCE
+            model.logit_bias.fill_(0.0)  # it would change no order
     pairs = pairs_batch(6)
     batch = {**pairs, "caption_image": torch.arange(6), "kept": torch.arange(6), "skipped": [], "num_truncated": 0}
     encoded = encode_pairs(model, [batch], "cpu", "encode", with_tokens=True)

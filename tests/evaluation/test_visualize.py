@@ -13,9 +13,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from modeling_mlip import MLIPForImageClassification
 from modeling_mlip.data.caption_tokenizer import train_tokenizer
+from modeling_mlip.evaluation.visualize import pictures
 from modeling_mlip.evaluation.visualize import visualize as command
 from modeling_mlip.evaluation.visualize.inspection import caption_words, filter_magnitudes, inspect_image
-from modeling_mlip.evaluation.visualize.pictures import fill_regions, region_borders, tint_regions
+from modeling_mlip.evaluation.visualize.pictures import draw_words, fill_regions, region_borders, tint_regions
 from modeling_mlip.evaluation.visualize.sections import settings_section, tokens_section
 from modeling_mlip.hub.cli import main as mlip
 
@@ -340,3 +341,19 @@ def test_tables_of_a_page_name_the_tokens_of_each_layer_and_no_local_path(proces
         row["setting"]: row["value"] for row in settings_section(str(tmp_path), model, inspection, "x", None).rows
     }
     assert settings["model"] == tmp_path.name and settings["merge ratio"] == "0.5" and "caption" not in settings
+
+
+@pytest.mark.parametrize("num_words", [1, 6])
+def test_the_picture_of_words_holds_all_its_texts(num_words, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    words = [(f"word{n}", np.random.default_rng(n).normal(size=(4, 4))) for n in range(num_words)]
+    draw_words(tmp_path / "words.png", np.zeros((32, 32, 3), np.uint8), words)
+    [figure] = figures
+    figure.draw_without_rendering()
+    labels = [figure.axes[-1].yaxis.label, *(axes.title for axes in figure.axes)]
+    assert labels[0].get_text() == "cosine similarity"
+    for label in labels:
+        box = label.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, label
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, label

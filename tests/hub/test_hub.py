@@ -417,7 +417,8 @@ def test_pickles_are_not_pushed(copy, capfd):
 
 def test_a_clip_folder_may_lack_only_the_weights_that_mlip_adds(tmp_path):
     CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=24)).save_pretrained(tmp_path)
-    model = load_pretrained(str(tmp_path))
+    config = MLIPConfig.from_pretrained(str(tmp_path), token_loss_weight=0.1)
+    model = load_pretrained(str(tmp_path), config=config)
     assert torch.equal(model.token_visual_projection.weight, model.visual_projection.weight)
     with pytest.raises(ValueError, match="of type 'clip'"):
         load_saved(tmp_path)

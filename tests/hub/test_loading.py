@@ -33,7 +33,8 @@ def test_a_clip_model_loads_at_another_image_size(tmp_path):
     vision = {**shared, "image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(tmp_path)
     saved = load_pretrained(str(tmp_path))
-    resized = load_pretrained(str(tmp_path), override_config(saved.config, {"image_size": 64}))
+    changed = override_config(saved.config, {"image_size": 64, "token_loss_weight": 0.1})
+    resized = load_pretrained(str(tmp_path), changed)
     assert resized.vision_model.embeddings.position_embedding.weight.shape == (65, 32)
     assert torch.equal(resized.token_visual_projection.weight, saved.visual_projection.weight)
 

@@ -201,35 +201,3 @@ def test_the_summary_shows_what_was_measured():
     assert format_summary(training) == "loss 2.000, 3 s, 4.0 pairs/s"
     assert format_summary(recalls | training).splitlines()[-1] == "loss 2.000, 3 s, 4.0 pairs/s"
     assert "loss" not in format_summary(recalls)
-
-
-# Help
-
-
-def help_text(capsys) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        mlip(["train", "--help"])
-    assert stopped.value.code == 0
-    return capsys.readouterr().out
-
-
-def test_help_lists_the_flags_of_this_project_before_those_of_transformers(capsys):
-    text = help_text(capsys).partition("options:")[2]
-    own = ("--config_name", "--caption_column", "--mini_batch_size", "--token_loss_weight", "--merge_ratio")
-    positions = [text.index(f"  {flag} ") for flag in (*own, "--output_dir")]
-    assert positions == sorted(positions)
-    assert "(default: 0.0005)" in " ".join(text.split())
-
-
-def test_help_describes_each_key_of_the_configuration_and_its_default(capsys):
-    text = " ".join(help_text(capsys).split())
-    keys = text.partition("--projection_dim VALUE")[2].partition("transformers.TrainingArguments:")[0]
-    assert keys.count("default of MLIP") >= 30
-    assert "See transformers" not in keys
-    assert "(default of MLIPConfig: 0.1)" in keys.partition("--token_loss_weight VALUE")[2].partition("--")[0]
-
-
-@pytest.mark.parametrize("name", ["augment", "sweep"])
-def test_help_of_a_negated_flag_says_what_it_sets(name, capsys):
-    text = " ".join(help_text(capsys).split())
-    assert f"--no_{name}, --no-{name} Set --{name} to false." in text

@@ -43,7 +43,9 @@ def test_a_data_set_trains_as_the_items_made_of_it(drawn, tmp_path):
 
 def make_trainer(tmp_path, drawn, model=None, rows=None, **arguments) -> MLIPTrainer:
     rows = rows if rows is not None else datasets.load_dataset("parquet", data_files=drawn[0])["train"]
-    config = override_config(named_config("tiny"), dict(hidden_size=48, num_hidden_layers=2, patch_size=16))
+    config = override_config(
+        named_config("tiny"), dict(hidden_size=48, num_hidden_layers=2, patch_size=16, token_loss_weight=0.1)
+    )
     captions = datasets.load_dataset("parquet", data_files=drawn[0])["train"]["caption"]
     processor = build_processor(config, captions=captions)
     config.text_config.vocab_size = len(processor.tokenizer)

@@ -1,0 +1,138 @@
+# Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
+"""benchmarks/gpu.py: a dry run of every stage on the CPU, commands that fail or exceed their limit, and the parts that
+it consists of (largest_batch.py, step_profile.py)."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import gpu  # noqa: E402
+from largest_batch import search_largest  # noqa: E402
+from step_profile import find_synchronisations  # noqa: E402
+
+
+@pytest.fixture
+def record_of():
+    return lambda folder: json.loads((folder / "run.json").read_text())
+
+
+def test_a_dry_run_writes_the_results_of_every_stage(tmp_path, monkeypatch, record_of, capsys):
+    """Only the tests run in a process of their own; imports of the other commands would take most of the time."""
+    import concurrent.futures
+    import multiprocessing
+
+    run_process = gpu.run_command
+    in_threads = lambda workers, **_: concurrent.futures.ThreadPoolExecutor(workers)  # noqa: E731
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: None)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", in_threads)
+
+    def run_here(command, seconds, environment, log):
+        if command.name == "tests":
+            return run_process(command, seconds, environment, log)
+        log.write_text("")
+        monkeypatch.setattr(sys, "argv", command.arguments)
+        monkeypatch.syspath_prepend(str(Path(command.arguments[0]).parent))
+        runpy.run_path(command.arguments[0], run_name="__main__")
+        return 0
+
+    monkeypatch.setattr(gpu, "run_command", run_here)
+    assert gpu.main(["--device", "cpu", "--quick", "--stages", "a", "b", "c", "--output_dir", str(tmp_path)]) == 0
+    record = record_of(tmp_path)
+    assert {entry["stage"] for entry in record["commands"]} == {"a", "b", "c"}
+    assert record["machine"]["packages"]["torch"] == torch.__version__.partition("+")[0]
+    tests = json.loads((tmp_path / "tests.json").read_text())
+    assert set(tests["counts"]) == {"passed"} and tests["counts"]["passed"] >= 4
+    speed = json.loads((tmp_path / "speed.json").read_text())
+    assert {entry["settings"]["task"] for entry in speed} == {"inference", "training"}
+    batches = json.loads((tmp_path / "largest_batch.json").read_text())["rows"]
+    assert [row["pairs"] for row in batches] == [4, 4, 4] and not any(row["is_limit"] for row in batches)
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    passes = {row["pass"]: row["synchronisations"] for row in profile["synchronisations"]}
+    assert passes["vision tower"] == passes["both towers, no attention mask"] == 0
+    assert passes["both towers"] == passes["CLIP, both towers"]  # transformers reads the attention mask
+    assert list(profile["phase_seconds"]) == ["forward", "losses", "backward", "optimizer"]
+    assert sum(row["share"] for row in profile["profile"]["operations"]) <= 1.001
+    assert json.loads((tmp_path / "parts.json").read_text())[0]["settings"]["task"] == "parts"
+
+
+def test_a_command_that_fails_or_exceeds_its_limit_loses_only_itself(tmp_path, monkeypatch, record_of, capsys):
+    def commands_of(stage, flags, seconds):
+        writes = f"open({str(tmp_path / stage)!r}, 'w').write('kept'); "
+        ends = {"a": "import time; time.sleep(60)", "b": "raise MemoryError('too large')", "c": "print('done')"}
+        return [gpu.Command(f"command {stage}", ["-c", writes + ends[stage]])]
+
+    monkeypatch.setattr(gpu, "commands_of", commands_of)
+    flags = ["--device", "cpu", "--stages", "a", "b", "c", "--minutes", "0.1", "--output_dir", str(tmp_path)]
+    assert gpu.main(flags) == 1
+    results = {entry["stage"]: entry for entry in record_of(tmp_path)["commands"]}
+    assert results["a"]["result"] == "time limit exceeded" and results["a"]["seconds"] < 10
+    assert results["b"]["result"] == "failed with status 1"
+    assert "too large" in results["b"]["end_of_log"][-1]
+    assert results["c"]["result"] == "passed"
+    assert all((tmp_path / stage).read_text() == "kept" for stage in "abc")
+    assert "not passed: command a, command b" in capsys.readouterr().out
+
+
+def test_without_a_gpu_or_data_the_program_says_what_to_do(tmp_path, capsys):
+    if not torch.cuda.is_available():
+        assert gpu.main(["--output_dir", str(tmp_path)]) == 2
+        assert "--device cpu --quick" in capsys.readouterr().out
+    assert gpu.main(["--device", "cpu", "--stages", "d", "--output_dir", str(tmp_path)]) == 0
+    assert "give --train_file and --validation_file" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_study_are_those_that_its_program_takes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "study"))
+    import run as study_program
+    from study_data import read_study_data
+
+    flags = gpu.parse_gpu_flags(["--train_file", "train.parquet", "--validation_file", "validation.parquet"])
+    [command] = gpu.study_commands(flags, seconds=1800)
+    parsed = study_program.parse_study_flags(command.arguments[1:])
+    assert (parsed.arms, parsed.seeds, parsed.device) == (["CLIP", "MLIP", "FLIP"], [0, 1, 2], "cuda")
+    assert parsed.seconds_per_run == 180
+    data = read_study_data(parsed.data, parsed.train_file, parsed.validation_file)
+    tokenizer = study_program.train_tokenizer(["a red circle"], max_seq_length=32)
+    vision = study_program.build_arm_model("MLIP", tokenizer, data.image_size, data.model).config.vision_config
+    assert (vision.hidden_size, vision.image_size, vision.patch_size, vision.merge_ratio) == (384, 96, 16, 0.5)
+
+
+def test_a_study_by_seconds_trains_for_as_many_steps_as_fit(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "study"))
+    from run import steps_of
+
+    record = {"seconds_per_run": 30, "step_seconds": {"CLIP": 0.1, "MLIP": 0.05}, "data": {"steps": 7}}
+    assert (steps_of(record, "CLIP", "compute"), steps_of(record, "MLIP", "compute")) == (300, 600)
+
+
+def test_results_of_tests_are_read_from_an_output_that_was_cut_short():
+    lines = [
+        "tests/model/test_gpu.py::test_x[a-bf16] PASSED [ 5%]",
+        "tests/model/test_gpu.py::test_y FAILED [ 9%]",
+        "t",
+    ]
+    assert gpu.read_test_results(lines) == {
+        "counts": {"failed": 1, "passed": 1},
+        "tests": {"test_x[a-bf16]": "passed", "test_y": "failed"},
+    }
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 37, 100, 1000])
+def test_the_largest_batch_is_found_within_an_eighth(limit):
+    largest, seconds = search_largest(lambda size: 0.5 if size <= limit else None, 2, 512)
+    assert largest <= min(limit, 512)
+    assert largest >= min(limit, 512) * 8 / 9 - 1 or limit < 2
+    assert seconds == (0.5 if largest else None)
+
+
+def test_synchronisations_are_found_with_their_place():
+    values = torch.arange(3)
+    assert find_synchronisations(lambda: values + 1, "cpu") == []
+    [place] = find_synchronisations(lambda: values.sum().item(), "cpu")
+    assert place.startswith("test_gpu_stages.py:")
