@@ -127,10 +127,12 @@ def speed_commands(flags: argparse.Namespace) -> list[Command]:
         base, large, batches, ratios, rounds = "tiny", "tiny", ["2"], ["0.5"], ["--rounds", "1", "--turn_seconds", "0"]
         methods = ["MLIP"]
     shared = [*output, *rounds]
+    placements = ["early"] if flags.quick else ["three", "early"]
     half = ["--merge_ratios", "0.5", "--placements"]
     towers = [speed, "--config_name", base, "--batch_size", *batches, "--merge_ratios", *ratios, "--methods", *methods]
-    training = [speed, "--training", "--config_name", base, "--batch_size", *batches, *half, "three", "early"]
-    large_towers = [speed, "--config_name", large, "--batch_size", *batches, *half, "three", "early"]
+    towers += ["--placements", "early"] if flags.quick else []
+    training = [speed, "--training", "--config_name", base, "--batch_size", *batches, *half, *placements]
+    large_towers = [speed, "--config_name", large, "--batch_size", *batches, *half, *placements]
     compiled = [speed, "--compile", "--config_name", base, "--batch_size", batches[0], *half, "early"]
     batch_flags = ["--device", flags.device, "--output", str(flags.output_dir / "largest_batch.json")]
     batch_flags += ["--config_name", "tiny", "--most_pairs", "4"] if flags.quick else []
@@ -198,7 +200,7 @@ def commands_of(stage: str, flags: argparse.Namespace, seconds: float) -> list[C
 # Running them
 
 
-def run_command(command: Command, seconds: float, environment: dict[str, str], log: Path) -> int | None:
+def run_with_limit(command: Command, seconds: float, environment: dict[str, str], log: Path) -> int | None:
     """Run a command; after `seconds`, kill it and all processes that it started.
 
     Returns:
@@ -243,7 +245,7 @@ def run_one(
 ) -> dict[str, Any]:
     """Run one command; returns its entry of `run.json`."""
     log, start = output_dir / "logs" / f"{command.name.replace(' ', '-').replace('/', '')}.log", time.monotonic()
-    status = run_command(command, seconds, environment, log)
+    status = run_with_limit(command, seconds, environment, log)
     result = "time limit exceeded" if status is None else "passed" if status == 0 else f"failed with status {status}"
     shown = [argument.replace(f"{ROOT}/", "") for argument in command.arguments]
     entry = {"stage": stage, "name": command.name, "result": result, "limit": round(seconds, 1)}

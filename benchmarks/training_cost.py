@@ -4,8 +4,8 @@
     python benchmarks/training_cost.py
 
 FLOPs of the forward pass of one pair are counted by torch at 224 pixels and with captions of 77 tokens, as if every one
-were of full length; a backward pass counts twice a forward pass, and mini-batches another forward pass. Hours are FLOPs / (peak of the
-accelerator * utilisation); the utilisation is assumed.
+were of full length; a backward pass counts twice a forward pass, and mini-batches another forward pass. Hours are
+FLOPs / (peak of the accelerator * utilisation); the utilisation is assumed.
 """
 
 import argparse

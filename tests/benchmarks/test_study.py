@@ -121,7 +121,9 @@ def test_wrong_fields_are_refused_by_name(described, change, message):
 
 
 def test_an_unknown_data_set_and_a_missing_source_are_refused():
-    with pytest.raises(ValueError, match="data='emoji' is unknown; choose one of flickr8k, noto-emoji, shapes"):
+    with pytest.raises(
+        ValueError, match="data='emoji' is unknown; choose one of flickr8k, flickr8k-96px, noto-emoji, shapes"
+    ):
         read_study_data("emoji")
     with pytest.raises(ValueError, match="names no source"):
         load_study_data(read_study_data("noto-emoji"))

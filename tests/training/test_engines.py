@@ -55,7 +55,10 @@ def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(en
 
 
 def test_fsdp_where_accelerate_would_leave_it_out_is_refused():
-    args = SimpleNamespace(fsdp=True, device=torch.device("cpu"), start_merge_ratio=None, mini_batch_size=None)
+    starts = dict.fromkeys(("start_merge_ratio", "start_patch_dropout", "start_image_size"))
+    args = SimpleNamespace(
+        fsdp=True, device=torch.device("cpu"), mini_batch_size=None, steps_without_patch_dropout=0, **starts
+    )
     trainer = SimpleNamespace(model=small_model(), is_fsdp_enabled=False, is_deepspeed_enabled=False, args=args)
     with pytest.raises(ValueError, match="fsdp=True.*does not shard on cpu"):
         MLIPTrainer._prepare_model(trainer)
