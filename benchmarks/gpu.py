@@ -109,17 +109,22 @@ def package_environment(folder: Path) -> dict[str, str]:
 # The stages
 
 
+def precision_flags(device: str) -> list[str]:
+    """bfloat16 on a GPU only: many CPUs emulate it."""
+    return ["--bf16"] if device == "cuda" else []
+
+
 def gpu_test_commands(flags: argparse.Namespace) -> list[Command]:
     """Stage a. A dry run takes one test of each kind that a CPU does in seconds."""
-    chosen = ["-k", "bf16 and (MLIPModel or attention) and not (compiled or exported or flex)"] if flags.quick else []
+    chosen = ["-k", "bf16 and (loads and MLIPModel or flash)"] if flags.quick else []
     arguments = ["-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "-p", "no:cacheprovider", *chosen, TEST_FILE]
     return [Command("tests", arguments)]
 
 
 def speed_commands(flags: argparse.Namespace) -> list[Command]:
     """Stage b, the most important measurements first."""
-    speed, output = str(FOLDER / "speed.py"), ["--output", str(flags.output_dir / "speed.json"), "--bf16"]
-    output += ["--device", flags.device]
+    speed, output = str(FOLDER / "speed.py"), ["--output", str(flags.output_dir / "speed.json")]
+    output += ["--device", flags.device, *precision_flags(flags.device)]
     methods = ["CLIP (open_clip)", "MLIP, no frequency stage", "MLIP", "ToMe (timm)"]
     rounds = ["--rounds", "5", "--turn_seconds", "0.05"]
     base, large, batches, ratios = "vit-b-16", "vit-l-14", ["64", "256"], ["0.3", "0.5", "0.7"]
@@ -159,7 +164,15 @@ def part_commands(flags: argparse.Namespace) -> list[Command]:
     """Stage c."""
     size = ["--config_name", "tiny", "--batch_size", "2"] if flags.quick else []
     profile = [str(FOLDER / "step_profile.py"), "--device", flags.device, *size]
-    parts = [str(FOLDER / "speed.py"), "--parts", "--bf16", "--device", flags.device, "--merge_ratios", "0.5"]
+    parts = [
+        str(FOLDER / "speed.py"),
+        "--parts",
+        "--device",
+        flags.device,
+        *precision_flags(flags.device),
+        "--merge_ratios",
+        "0.5",
+    ]
     parts += ["--placements", "three", "--turn_seconds", "0", *(size or ["--batch_size", "64"])]
     return [
         Command("profile", [*profile, "--output", str(flags.output_dir / "profile.json")], 1.5),

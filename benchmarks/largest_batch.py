@@ -7,7 +7,7 @@ merging and mini-batches.
 A step is `MLIPTrainer.training_step`, forward and backward pass with all losses under bfloat16 autocast, and the
 optimizer's step. The batch is doubled until it does not fit, then the size between is halved down to an eighth of the
 batch. The memory of the process is limited, so that the answer does not take minutes on a large GPU and machines are
-comparable. On a CPU no limit applies, and every batch up to `--most_pairs` fits: a test of this program.
+comparable. On a CPU steps are in float32, no limit applies, and every batch up to `--most_pairs` fits: a test of this program.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def make_step(config_name: str, overrides: dict[str, Any], device: str, mini_bat
     model = MLIPModel(override_config(named_config(config_name), overrides))
     folder = tempfile.mkdtemp()
     args = MLIPTrainingArguments(
-        folder, use_cpu=device == "cpu", bf16=True, report_to="none", mini_batch_size=mini_batch_size
+        folder, use_cpu=device == "cpu", bf16=device == "cuda", report_to="none", mini_batch_size=mini_batch_size
     )
     trainer = MLIPTrainer(model, args, train_dataset=[None] * 8, processing_class=SimpleNamespace(tokenizer=None))
     trainer.current_gradient_accumulation_steps = 1

@@ -37,7 +37,7 @@ def mean_and_spread(values: list[float]) -> str:
 def runs_by_arm(record: dict[str, Any], equal: str) -> dict[str, list[dict[str, Any]]]:
     """The runs of each arm with the number of steps that `run.steps_of` gives for "steps", "compute" or "short"."""
     runs_of: dict[str, list[dict[str, Any]]] = {}
-    for arm in record["arms"]:
+    for arm in (arm for arm in record["arms"] if arm in record["step_seconds"]):
         steps = steps_of(record, arm, equal)
         runs = [run for run in record["runs"] if run["arm"] == arm and run["steps"] == steps]
         if runs:

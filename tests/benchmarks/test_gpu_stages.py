@@ -52,7 +52,7 @@ def test_a_dry_run_writes_the_results_of_every_stage(tmp_path, monkeypatch, reco
     assert {entry["stage"] for entry in record["commands"]} == {"a", "b", "c"}
     assert record["machine"]["packages"]["torch"] == torch.__version__.partition("+")[0]
     tests = json.loads((tmp_path / "tests.json").read_text())
-    assert set(tests["counts"]) == {"passed"} and tests["counts"]["passed"] >= 4
+    assert set(tests["counts"]) == {"passed"} and tests["counts"]["passed"] >= 2
     speed = json.loads((tmp_path / "speed.json").read_text())
     assert {entry["settings"]["task"] for entry in speed} == {"inference", "training"}
     batches = json.loads((tmp_path / "largest_batch.json").read_text())["rows"]

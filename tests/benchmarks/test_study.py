@@ -17,6 +17,7 @@ from modeling_mlip.data.shapes import PROMPTS
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
 sys.path.insert(0, str(STUDY))
+from figures import metrics_table  # noqa: E402
 from run import (  # noqa: E402
     ARMS,
     add_costs,
@@ -55,16 +56,18 @@ def described(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["noto-emoji", "shapes"])
+@pytest.mark.parametrize("name", ["noto-emoji", "shapes", "flickr8k"])
 def test_the_committed_results_resume_with_the_committed_descriptions(name):
     record = json.loads((STUDY / "results" / f"{name}.json").read_text())
     data = read_study_data(name)
     assert data.record() == record["data"]
-    resumed = start_record(STUDY / "results" / f"{name}.json", data, bf16=True)
+    resumed = start_record(STUDY / "results" / f"{name}.json", data, bf16=record["bf16"])
     assert resumed == {**record, "arms": ARMS}
     assert {arm: ARMS[arm] for arm in record["arms"]} == record["arms"]
     flags = argparse.Namespace(equal=["compute"], seeds=[0], arms=["CLIP", "MLIP"])
     assert missing_runs(record, flags) == []
+    shown = {row[""] for row in metrics_table(resumed, "compute")}  # also with arms that have no calibration yet
+    assert {"CLIP", "MLIP"} <= shown <= {run["arm"] for run in record["runs"]}
 
 
 def test_the_shapes_are_evaluated_with_the_prompts_of_the_package():
