@@ -140,7 +140,7 @@ def speed_commands(flags: argparse.Namespace) -> list[Command]:
     large_towers = [speed, "--config_name", large, "--batch_size", *batches, *half, *placements]
     compiled = [speed, "--compile", "--config_name", base, "--batch_size", batches[0], *half, "early"]
     batch_flags = ["--device", flags.device, "--output", str(flags.output_dir / "largest_batch.json")]
-    batch_flags += ["--config_name", "tiny", "--most_pairs", "4"] if flags.quick else []
+    batch_flags += ["--config_name", "tiny", "--most_pairs", "2"] if flags.quick else []
     commands = [
         Command("speed of B/16", [*towers, *shared], 3),
         Command("training step of B/16", [*training, *shared, "--methods", *methods], 2),

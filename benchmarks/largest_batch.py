@@ -7,7 +7,8 @@ merging and mini-batches.
 A step is `MLIPTrainer.training_step`, forward and backward pass with all losses under bfloat16 autocast, and the
 optimizer's step. The batch is doubled until it does not fit, then the size between is halved down to an eighth of the
 batch. The memory of the process is limited, so that the answer does not take minutes on a large GPU and machines are
-comparable. On a CPU steps are in float32, no limit applies, and every batch up to `--most_pairs` fits: a test of this program.
+comparable. On a CPU steps are in float32 and no limit applies, so that every batch up to `--most_pairs` fits: a test of
+this program.
 """
 
 import argparse
