@@ -149,26 +149,21 @@ def open_clip_oracle(model_cfg: dict[str, Any], state: dict[str, Tensor]) -> Ora
 
 def clip_oracle(config: dict[str, Any], state: dict[str, Tensor]) -> Oracle:
     """transformers' CLIPModel on these tensors."""
-    with torch.device("meta"):
-        model = transformers.CLIPModel(transformers.CLIPConfig(**config))
-    model.load_state_dict(state, assign=True)
-    for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
-        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[1])[None]
-
-    def outputs(images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        output = model(input_ids=ids, pixel_values=images)
-        return output.image_embeds, output.text_embeds, output.logits_per_image
-
-    layers = model.vision_model.encoder.layers, model.text_model.encoder.layers
-    name = f"transformers {transformers.__version__}"
-    pools_at_highest_id = model.config.text_config.eos_token_id == 2
-    return Oracle(name, model, *layers, outputs, functools.partial(_encode_text, model), pools_at_highest_id)
+    clip_config = transformers.CLIPConfig(**config)
+    pools_at_highest_id = clip_config.text_config.eos_token_id == 2
+    return _transformers_oracle(transformers.CLIPModel, clip_config, state, pools_at_highest_id)
 
 
 def siglip_oracle(config: dict[str, Any], state: dict[str, Tensor]) -> Oracle:
     """transformers' SiglipModel on these tensors."""
+    return _transformers_oracle(transformers.SiglipModel, transformers.SiglipConfig(**config), state)
+
+
+def _transformers_oracle(
+    model_class: Any, config: transformers.PreTrainedConfig, state: dict[str, Tensor], pools_at_highest_id: bool = False
+) -> Oracle:
     with torch.device("meta"):
-        model = transformers.SiglipModel(transformers.SiglipConfig(**config))
+        model = model_class(config)
     model.load_state_dict(state, assign=True)
     for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
         embeddings.position_ids = torch.arange(embeddings.position_ids.shape[1])[None]
@@ -179,7 +174,7 @@ def siglip_oracle(config: dict[str, Any], state: dict[str, Tensor]) -> Oracle:
 
     layers = model.vision_model.encoder.layers, model.text_model.encoder.layers
     name = f"transformers {transformers.__version__}"
-    return Oracle(name, model, *layers, outputs, functools.partial(_encode_text, model), pools_at_highest_id=False)
+    return Oracle(name, model, *layers, outputs, functools.partial(_encode_text, model), pools_at_highest_id)
 
 
 def _encode_text(model: Any, ids: Tensor) -> Tensor:

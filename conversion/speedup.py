@@ -2,6 +2,7 @@
 """Chooses where and how much a converted image tower merges, for a wanted speed-up."""
 
 import copy
+import math
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,7 +11,7 @@ from modeling_mlip import MLIPVisionConfig, MLIPVisionModel
 
 # Placements as fractions of the depth, and the highest speed-up up to which each moves the embeddings least
 # (benchmarks/results/training_free_merging.json, "speedups").
-PLACEMENTS = ((1.65, (0.25, 0.5, 0.75)), (float("inf"), (0.0, 0.25, 0.5)))
+PLACEMENTS = ((1.65, (0.25, 0.5, 0.75)), (math.inf, (0.0, 0.25, 0.5)))
 HIGHEST_RATIO = 0.95
 TOLERANCE = 0.003  # of the FLOPs
 
@@ -50,7 +51,7 @@ def choose_merging(config: MLIPVisionConfig, speedup: float) -> dict[str, float 
     Raises:
         ValueError: if `speedup` is not above 1, or if the tower does not reach it at a merge ratio of 0.95.
     """
-    if not speedup > 1:
+    if not 1 < speedup < math.inf:
         raise ValueError(f"speedup={speedup}: choose a factor above 1, for example 1.5, or merge_ratio=0.")
     fractions = next(fractions for highest, fractions in PLACEMENTS if speedup <= highest)
     layers = place_layers(fractions, config.num_hidden_layers)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from modeling_mlip.data.images import load_image
 from modeling_mlip.hub.errors import error_line, is_user_error
+from modeling_mlip.hub.extras import require_modules
 from modeling_mlip.hub.flag_help import FlagHelpFormatter
 
 from .app_session import AppSession
@@ -33,7 +34,9 @@ def build_page(session: AppSession) -> Any:
     Raises:
         ImportError: if Gradio is not installed.
     """
-    gr = _import_gradio()
+    require_modules("The page", "app", "gradio")
+    import gradio as gr
+
     with gr.Blocks(title="MLIP", analytics_enabled=False) as page:
         gr.Markdown(f"# {Path(session.encoder.name).name}")
         with gr.Tab("Classify"):
@@ -50,7 +53,7 @@ def _add_classification(gr: Any, session: AppSession) -> None:
     image, labels = _image_and_labels(gr)
     button = gr.Button("Classify", variant="primary")
     output = gr.Label(label="Probability of each label")
-    classify = _shown(lambda image, labels: session.classify(_require_image(image), labels))
+    classify = _shown(gr, lambda image, labels: session.classify(_require_image(image), labels))
     button.click(classify, [image, labels], output, api_name="classify")
 
 
@@ -70,7 +73,7 @@ def _add_merging(gr: Any, session: AppSession) -> None:
         column_widths=["50%", "25%", "25%"],
     )
     inputs, outputs = [image, labels, ratio], [summary, picture, table]
-    report = _shown(lambda *values: format_report(session, *values))
+    report = _shown(gr, lambda *values: format_report(session, *values))
     button.click(report, inputs, outputs, api_name="merging")
     ratio.release(report, inputs, outputs, api_name=False)
 
@@ -82,7 +85,7 @@ def _add_search(gr: Any, session: AppSession, has_captions: bool) -> None:
     gallery = gr.Gallery(show_label=False, columns=4, height="auto", object_fit="contain")
     columns = ["id", "score", *(["caption"] if has_captions else [])]
     table = gr.Dataframe(headers=columns, label="Results", interactive=False)
-    search = _shown(lambda *values: find_images_and_rows(session, *values))
+    search = _shown(gr, lambda *values: find_images_and_rows(session, *values))
     button.click(search, [words, image], [gallery, table], api_name="search")
     words.submit(search, [words, image], [gallery, table], api_name=False)
 
@@ -106,7 +109,7 @@ def find_images_and_rows(
 ) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
     """The gallery and the table of the tab "Search". The gallery shows the hits that are local image files."""
     hits = session.search(words, image)
-    metadata = session.index.metadata  # type: ignore[union-attr]  # `search` raises without an index
+    metadata = session.require_index().metadata
     files = [(hit, image_path(metadata, hit.id)) for hit in hits]
     gallery = [(load_image(str(file)), f"{hit.id}  {hit.score:.3f}") for hit, file in files if file is not None]
     has_captions = metadata["caption_column"] is not None
@@ -126,7 +129,7 @@ def _require_image(image: Image.Image | None) -> Image.Image:
     return image
 
 
-def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
+def _shown(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, whose errors that a user can act on are shown on the page."""
 
     @wraps(function)
@@ -136,17 +139,9 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if not is_user_error(error):
                 raise
-            raise _import_gradio().Error(error_line(error)) from error
+            raise gr.Error(error_line(error)) from error
 
     return call
-
-
-def _import_gradio() -> Any:
-    try:
-        import gradio
-    except ImportError:
-        raise ImportError("The page needs Gradio, which is not installed: pip install 'modeling-mlip[app]'.") from None
-    return gradio
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -161,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("index", nargs="?", help="A folder that mlip embed wrote with this model, to search.")
     parser.add_argument("--port", type=int, default=7860, help="Port of the page.")
     flags = parser.parse_args(arguments)
-    _import_gradio()  # before the model is loaded
+    require_modules("The page", "app", "gradio")  # before the model is loaded
     build_page(AppSession(flags.model, flags.index)).launch(server_name=HOST, server_port=flags.port)
 
 

@@ -103,12 +103,21 @@ class AppSession:
         Raises:
             ValueError: if there is no index, or nothing to search for.
         """
+        index = self.require_index()
+        with self._at_ratio(index.metadata["merge_ratio"]):
+            if image is None:
+                return search_words(index, self.encoder, words, top_k)
+            return search_image(index, self.encoder, convert_to_rgb(image), top_k)
+
+    def require_index(self) -> VectorIndex:
+        """The index.
+
+        Raises:
+            ValueError: if there is none.
+        """
         if self.index is None:
             raise ValueError("There is no index to search: start mlip app with a folder that mlip embed wrote.")
-        with self._at_ratio(self.index.metadata["merge_ratio"]):
-            if image is None:
-                return search_words(self.index, self.encoder, words, top_k)
-            return search_image(self.index, self.encoder, convert_to_rgb(image), top_k)
+        return self.index
 
     def inspect_merging(self, image: Image.Image, labels: str, merge_ratio: float) -> MergeReport:
         """What a merge ratio does with an image: regions, time and scores, beside those without merging.

@@ -188,7 +188,8 @@ def _read_batches(
     )
     reader = CaptionReader(encoder.tokenizer, encoder.context) if options.with_text else ImageReader(encoder.transform)
     # The sampler hands over whole batches of rows: this process reads them in order, the workers decode them.
-    batches: Any = DataLoader(reader, sampler=rows, batch_size=None, num_workers=options.loading.num_workers)  # type: ignore[arg-type]
+    sampler: Any = rows  # torch types a sampler as one of row numbers
+    batches: Any = DataLoader(reader, sampler=sampler, batch_size=None, num_workers=options.loading.num_workers)
     total = collection.num_rows
     bar = logging.tqdm(
         desc="Embedding" if state.num_processes == 1 else f"Embedding, process 0 of {state.num_processes}",

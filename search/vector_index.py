@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from transformers.utils import logging
 
 from modeling_mlip.evaluation.encoders import Encoder, load_encoder, set_merging
+from modeling_mlip.hub.extras import require_modules
 
 from .embed import hash_model
 from .embedding_folder import METADATA, EmbeddingFolder
@@ -45,6 +46,7 @@ class VectorIndex:
     """
 
     def __init__(self, path: str | Path):
+        require_modules("Search", "search", "faiss")
         folder = EmbeddingFolder(path)
         self.metadata = folder.read_metadata()
         if not self.metadata["finished"]:
@@ -87,7 +89,8 @@ class VectorIndex:
 
     def _load(self) -> Any:
         """The saved index, or None if there is none of these embeddings."""
-        faiss = _import_faiss()
+        import faiss
+
         file = self.path / INDEX
         if not file.is_file() or file.stat().st_mtime_ns < (self.path / METADATA).stat().st_mtime_ns:
             return None
@@ -96,7 +99,8 @@ class VectorIndex:
 
     def _build(self) -> Any:
         """Build the index shard by shard and save it."""
-        faiss = _import_faiss()
+        import faiss
+
         index = faiss.index_factory(self.metadata["width"], FACTORY, faiss.METRIC_INNER_PRODUCT)
         for path in logging.tqdm(self._shards, desc="Index", unit=" shards", disable=None):
             column = pq.read_table(path, columns=["embedding"])["embedding"].combine_chunks()
@@ -110,14 +114,6 @@ class VectorIndex:
         finally:
             Path(temporary).unlink(missing_ok=True)
         return index
-
-
-def _import_faiss() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        raise ImportError("Search needs faiss, which is not installed: pip install 'modeling-mlip[search]'.") from None
-    return faiss
 
 
 def load_index_encoder(metadata: dict[str, Any], model: str | None = None) -> Encoder:

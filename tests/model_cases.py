@@ -30,3 +30,14 @@ def clip_and_mlip(**vision) -> tuple[CLIPModel, MLIPModel]:
 def assert_same_gradient(gradient, expected, name):
     """Within 1e-5, or 1e-5 of the largest element if that exceeds 1."""
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * max(float(expected.abs().max()), 1), msg=name)
+
+
+def assert_every_parameter_has_a_gradient(model):
+    """All but the biases of keys, which change no attention."""
+    without = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    assert not [name for name in without if "k_proj.bias" not in name]
+
+
+def unit(*shape: int) -> torch.Tensor:
+    """Random vectors of length 1, in float64."""
+    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)

@@ -86,7 +86,8 @@ class StepSchedule:
             )
 
     def at(self, step: int, max_steps: int) -> StepSettings:
-        """The settings of step `step`, counted from 0, of `max_steps`. Outside `applied` only."""
+        """The settings of step `step`, counted from 0, of `max_steps`. Call it outside `applied`, which changes the
+        settings that this starts from."""
         args, vision = self.args, self.vision
         progress = min(step / max(max_steps - 1, 1), 1.0)
         without = args.steps_without_patch_dropout
@@ -100,11 +101,12 @@ class StepSchedule:
         )
 
     def _image_size_at(self, progress: float) -> int | None:
-        """The number of pixels grows about linearly, so that each size has its share of the steps."""
+        """The side grows by one patch at a time, and each size has the same number of steps."""
         if self.args.start_image_size is None:
             return None
         start, end = self.args.start_image_size // self.patch_size, self.image_size // self.patch_size
-        return self.patch_size * min(start + int(progress * (end - start + 1)), end)
+        side = min(start + int(progress * (end - start + 1)), end)
+        return self.image_size if side == end else self.patch_size * side  # with `crop_to_patches` the two differ
 
     @contextmanager
     def applied(self, step: int, max_steps: int) -> Iterator[StepSettings]:

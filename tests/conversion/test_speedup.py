@@ -33,7 +33,15 @@ def test_the_tower_needs_the_wanted_fraction_of_its_flops(speedup, layers):
     assert count_flops(build_without_memory(merged)) == measured_flops(merged)
 
 
-@pytest.mark.parametrize("speedup, message", [(1.0, "speedup=1.0: choose a factor above 1"), (20.0, "reaches at most")])
+@pytest.mark.parametrize(
+    "speedup, message",
+    [
+        (1.0, "speedup=1.0: choose a factor above 1"),
+        (float("nan"), "speedup=nan: choose a factor above 1"),
+        (float("inf"), "speedup=inf: choose a factor above 1"),
+        (20.0, "reaches at most"),
+    ],
+)
 def test_a_speedup_out_of_reach_is_refused(speedup, message):
     with pytest.raises(ValueError, match=message):
         choose_merging(make_config(num_hidden_layers=2), speedup)

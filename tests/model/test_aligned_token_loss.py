@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from model_cases import unit
 
 from modeling_mlip import MLIPConfig
 from modeling_mlip.losses import (
@@ -14,10 +15,6 @@ from modeling_mlip.losses import (
     aligned_token_loss,
     multi_level_loss,
 )
-
-
-def unit(*shape: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from model_cases import unit
 from open_clip.loss import SigLipLoss
 from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
@@ -29,10 +30,6 @@ from modeling_mlip.losses import (
     token_loss,
     token_scores,
 )
-
-
-def unit(*shape: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
 def tokens_of(I: int, M: int, T: int, L: int, P: int = 6) -> tuple[torch.Tensor, ...]:

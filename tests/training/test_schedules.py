@@ -70,6 +70,11 @@ def test_the_image_grows_by_whole_patches(tmp_path, processor):
     assert tokens_of_each_pass(trainer) == [4, 4, 9, 9, 16, 16]
 
 
+def test_the_last_images_have_their_own_size_where_a_tower_crops_to_patches(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, start_image_size=16, config={"image_size": 36, "crop_to_patches": True})
+    assert [trainer.schedule.at(step, 3).image_size for step in range(3)] == [16, 24, 36]
+
+
 def test_mini_batches_with_patch_dropout_and_small_images_give_the_gradients_of_the_whole_batch(tmp_path, processor):
     """Both passes of a mini-batch drop the same patches."""
     gradients = []
