@@ -5,7 +5,6 @@ it consists of (largest_batch.py, step_profile.py)."""
 import importlib.util
 import json
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -34,13 +33,13 @@ def record_of():
 
 
 def test_a_dry_run_writes_the_results_of_every_stage(tmp_path, monkeypatch, record_of, capsys):
-    """The commands run in this process, because imports would take most of the time of their own processes."""
+    """Only the tests run in a process of their own: here their module may be imported already, for another device.
+    Imports would take most of the time of the other commands."""
+    run_process = gpu.run_with_limit
 
     def run_here(command, seconds, environment, log):
         if command.name == "tests":
-            monkeypatch.setenv("MLIP_GPU_TESTS_DEVICE", environment["MLIP_GPU_TESTS_DEVICE"])
-            with open(log, "w") as file, redirect_stdout(file):
-                return int(pytest.main(command.arguments[2:]))
+            return run_process(command, seconds, environment, log)
         log.write_text("")
         program = load_program(command.arguments[0])
         if "--training" in command.arguments:  # measured by one process for each model

@@ -1,6 +1,8 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """The demo trains, evaluates, reloads and reports; here on fewer drawings."""
 
+import pytest
+
 from modeling_mlip.data.shapes import shapes_dataset
 from modeling_mlip.training import demo
 
@@ -16,5 +18,9 @@ def test_the_demo_leaves_a_model_and_a_report_and_prints_the_table(tmp_path, mon
     assert len(rows) == 4 and all(0 <= float(value) <= 100 for row in rows for value in row[1:])
 
 
-def test_bfloat16_is_chosen_by_measuring(monkeypatch):
-    assert demo.bfloat16_is_faster() in (True, False)
+@pytest.mark.parametrize("seconds_bf16, seconds_fp32, is_faster", [(1.0, 2.0, True), (2.0, 1.0, False)])
+def test_bfloat16_is_chosen_by_measuring(monkeypatch, seconds_bf16, seconds_fp32, is_faster):
+    monkeypatch.setattr(demo.torch.accelerator, "is_available", lambda: False)
+    clock = iter([0.0, seconds_bf16, 10.0, 10.0 + seconds_fp32])  # start and end of both products
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock))
+    assert demo.bfloat16_is_faster() is is_faster

@@ -82,7 +82,7 @@ def test_a_start_merge_ratio_that_leaves_no_token_is_refused(tmp_path, drawn):
 
 def test_training_raises_the_recall_on_its_pairs(drawn, tmp_path):
     trainer = make_trainer(
-        tmp_path, drawn, max_steps=150, per_device_train_batch_size=48, learning_rate=3e-3, logging_steps=50
+        tmp_path, drawn, max_steps=80, per_device_train_batch_size=48, learning_rate=3e-3, logging_steps=50
     )
     before = trainer.evaluate()["eval_text_to_image_recall@5"]
     trainer.train()
