@@ -136,8 +136,8 @@ class MLIPTrainingArguments(TrainingArguments):
     token_loss_scope: str = field(
         default="global",
         metadata={
-            "help": "Negatives of the token loss with token_loss_type filip and token_loss_group_size null: 'global' (the "
-            "pairs of all devices) or 'local' (the pairs of this device). 'local' is faster."
+            "help": "Negatives of the token loss with token_loss_type filip and token_loss_group_size null: 'global' "
+            "(the pairs of all devices) or 'local' (the pairs of this device). 'local' is faster."
         },
     )
     max_nonfinite_steps: int = field(
