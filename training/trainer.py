@@ -100,6 +100,8 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
             raise ValueError(
                 "processing_class=None: give the model's processor, for example AutoProcessor.from_pretrained(...)."
             )
+        if model is not None:
+            StepSchedule(model, args)  # raises its errors before Trainer makes `output_dir`
         self.training_objective = objective or Objective([ModelLosses(args.token_loss_scope)])
         self._initial_objective = {
             name: tensor.clone() for name, tensor in self.training_objective.state_dict().items()

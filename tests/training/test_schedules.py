@@ -137,7 +137,8 @@ def test_resized_images_are_those_of_an_antialiasing_resize():
 )
 def test_a_schedule_that_cannot_start_is_refused(tmp_path, processor, arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, processor, **arguments)
+        make_trainer(tmp_path / "run", processor, **arguments)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_schedule_returns_the_settings_of_the_model(tmp_path, processor):
