@@ -15,6 +15,7 @@ DESCRIPTIONS = {
     "train": "train or fine-tune on image-caption pairs",
     "evaluate": "retrieval, zero-shot classification, linear probe and few shots",
     "benchmark": "speed, FLOPs, memory and accuracy at each merge ratio",
+    "interpolate": "weights between two models, by accuracy on new and old data",
     "convert": "CLIP, SigLIP and OpenCLIP checkpoints to MLIP, and back",
     "export": "both towers as ONNX files",
     "push": "verify a saved folder and upload it to the Hub",
@@ -38,7 +39,7 @@ def print_usage(arguments: list[str]) -> int:
         The exit status: 0 for help that was asked for, else 2.
     """
     commands = list_commands()
-    listing = "\n".join(f"  {name:<10} {DESCRIPTIONS.get(name, '')}".rstrip() for name in commands)
+    listing = "\n".join(f"  {name:<11} {DESCRIPTIONS.get(name, '')}".rstrip() for name in commands)
     print(
         f"usage: mlip [{DEBUG_FLAG}] COMMAND ...\n\ncommands:\n{listing}\n\n"
         f"'mlip COMMAND --help' describes a command. {DEBUG_FLAG} prints the traceback of an error."

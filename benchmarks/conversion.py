@@ -26,7 +26,16 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results" / "conversion.json"
-LARGE = ("ViT-g-", "ViT-bigG-", "ViT-e-")
+LARGE = (
+    "ViT-g-",
+    "ViT-bigG-",
+    "ViT-e-",
+    "xlm-roberta-large-",
+    "nllb-clip-large",
+    "EVA01-g-",
+    "EVA02-E-",
+    "PE-Core-bigG-",
+)
 SIGLIP_IN_VALUES = ("ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256")
 # Special ids of the tokenizers that OpenCLIP names.
 SPECIAL = {
@@ -34,6 +43,7 @@ SPECIAL = {
     "google/mt5-base": {"<pad>": 0, "</s>": 1, "<unk>": 2},
     "facebook/xlm-v-base": {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3},
 }
+ROBERTA_SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 SIGLIP_SPECIAL = {"<pad>": 0, "</s>": 1, "<unk>": 2}
 ROLES = {
     "[PAD]": "pad_token", "[UNK]": "unk_token", "[CLS]": "cls_token", "[SEP]": "sep_token",
@@ -72,12 +82,9 @@ def count_supported_tags() -> tuple[int, int]:
 
 def original(model_cfg: dict) -> torch.nn.Module:
     """open_clip's model on the meta device."""
-    import open_clip
+    from modeling_mlip.conversion.parity import open_clip_model_on_meta
 
-    keys = {key: value for key, value in model_cfg.items() if key != "custom_text"}
-    with torch.device("meta"):
-        is_timm = "timm_model_name" in model_cfg["vision_cfg"]
-        return open_clip.CustomTextCLIP(**keys) if is_timm else open_clip.CLIP(**keys)
+    return open_clip_model_on_meta(model_cfg)
 
 
 def write_random_checkpoint(name: str, folder: Path) -> None:
@@ -92,7 +99,8 @@ def write_random_checkpoint(name: str, folder: Path) -> None:
     save_file(state, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
     if tokenizer := model_cfg["text_cfg"].get("hf_tokenizer_name"):
-        stand_in_tokenizer(SPECIAL.get(tokenizer, SIGLIP_SPECIAL)).save_pretrained(folder)
+        others = ROBERTA_SPECIAL if "hf_model_name" in model_cfg["text_cfg"] else SIGLIP_SPECIAL
+        stand_in_tokenizer(SPECIAL.get(tokenizer, others)).save_pretrained(folder)
 
 
 def random_tensor(key: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -101,9 +109,11 @@ def random_tensor(key: str, shape: torch.Size, generator: torch.Generator) -> to
         return torch.tensor(100.0).log()
     if key == "logit_bias":
         return torch.tensor(-10.0)
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(1)
     noise = torch.randn(shape, generator=generator)
     if len(shape) < 2:
-        is_norm = ("ln_" in key or "norm" in key) and key.endswith("weight")
+        is_norm = any(part in key for part in ("ln_", "norm", "bn.")) and key.endswith(("weight", "running_var"))
         return (1.0 if is_norm else 0.3 if key.endswith("gamma") else 0.0) + 0.1 * noise
     if "embedding" in key or key.endswith("pos_embed"):
         return 0.1 * noise
@@ -201,6 +211,10 @@ def format_row(name: str, result: dict) -> str:
     )
 
 
+def read_results() -> dict[str, dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one configuration, measured anew")
@@ -216,16 +230,17 @@ def main() -> None:
         result = measure_conversion(Path(arguments.measure)) if arguments.measure else measure_on_meta(arguments.meta)
         return print(json.dumps(result))
 
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results = read_results()
     heads = f"{'image':>10} {'text':>10} {'logits':>10} {'seconds':>8} {'peak GB':>8} {'memory':>7}"
     print(f"{'configuration':<30} {'GB':>6} {heads}")
     wanted = [arguments.only] if arguments.only else names()
     for name in wanted:
         if arguments.only or name not in results or "error" in results[name]:
             try:
-                results[name] = check_configuration(name, arguments.full)
+                result = check_configuration(name, arguments.full)
             except RuntimeError as error:
-                results[name] = {"error": str(error), "checkpoint_bytes": 0}
+                result = {"error": str(error), "checkpoint_bytes": 0}
+            results = read_results() | {name: result}  # another process may have written since
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         print(format_row(name, results[name]), flush=True)

@@ -688,7 +688,9 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("--training", action="store_true", help="A training step: towers, losses, backward.")
     task.add_argument("--parts", action="store_true", help="Shares of the tower's and of the step's time.")
     task.add_argument("--imports", action="store_true", help="What importing takes.")
-    parser.add_argument("--config_name", nargs="+", default=["vit-b-16"], help="tiny, vit-b-32, vit-b-16, vit-l-14.")
+    parser.add_argument(
+        "--config_name", nargs="+", default=["vit-b-16"], help="nano, tiny, vit-b-32, vit-b-16, vit-l-14."
+    )
     parser.add_argument("--batch_size", type=int, nargs="+", default=[8])
     parser.add_argument("--merge_ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS),

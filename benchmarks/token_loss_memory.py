@@ -20,7 +20,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from modeling_mlip.losses import MAX_BLOCK_ELEMENTS, token_loss, token_scores
+from modeling_mlip.losses import token_loss
+from modeling_mlip.token_similarity import MAX_BLOCK_ELEMENTS, token_scores
 
 RESULTS = Path(__file__).parent / "results" / "token_loss_memory.json"
 

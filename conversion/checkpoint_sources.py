@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPConfig, SiglipConfig
 
+from . import tables
 from .open_clip_configurations import (
     SUPPORTED,
     mlip_config_of_open_clip,
@@ -133,8 +134,8 @@ def _read_file(path: Path, model: str | None) -> Source:
         notes.append("read as OpenAI's CLIP: the architecture from the shapes, QuickGELU")
     if not content:
         raise ValueError(
-            f"{path} has no config beside it: set model to a name of OpenCLIP (ViT-B-32), a JSON "
-            "configuration, or openai for a model of OpenAI; weights alone do not tell GELU from QuickGELU."
+            f"{path} has no config beside it: give model=NAME, a name of OpenCLIP (ViT-B-32), a JSON configuration, "
+            "or openai for a model of OpenAI; weights alone do not tell GELU from QuickGELU."
         )
     config = mlip_config_of_open_clip(content["model_cfg"])
     preprocess_cfg = content.get("preprocess_cfg") or {}
@@ -275,8 +276,11 @@ def _is_openai(weights: dict[str, Any]) -> bool:
 def _open_clip_state(weights: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     weights = {key: value for key, value in weights.items() if key not in OPENAI_EXTRAS}
     state = _tensors(_unwrapped(weights))
+    decoder = [key for key in state if key.startswith(tables.DECODER)]
+    state = {key: tensor for key, tensor in state.items() if key not in decoder}
     # CustomTextCLIP keeps the text tower under `text.`, CLIP at the top; see `tables.with_text_prefix`.
-    return _uniform({key.removeprefix("text."): tensor for key, tensor in state.items()})
+    state, notes = _uniform({key.removeprefix("text."): tensor for key, tensor in state.items()})
+    return state, [*notes, *(["CoCa's caption decoder was left out"] if decoder else [])]
 
 
 def _unwrapped(weights: dict[str, Any]) -> dict[str, Any]:

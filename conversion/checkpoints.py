@@ -152,13 +152,19 @@ def _set_special_ids(config: MLIPConfig, tokenizer) -> None:
     """Sets BOS and PAD to those of the tokenizer, and EOS where the model does not pool at it.
 
     Raises:
-        ValueError: if the model pools at another id than the tokenizer's EOS.
+        ValueError: if the model pools at another id than the tokenizer's EOS, or an encoder of transformers pads with
+            another id.
     """
     _, text = towers(config)
+    if text.encoder_config is not None and tokenizer.pad_token_id != text.pad_token_id:
+        raise ValueError(
+            f"the text tower pads with the token id {text.pad_token_id}, but its tokenizer with "
+            f"{tokenizer.pad_token_id}: configuration and tokenizer belong to different models."
+        )
     text.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else text.pad_token_id
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     text.bos_token_id = bos
-    if text.pooling == "last":
+    if text.pooling != "eos":
         text.eos_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     elif tokenizer.eos_token_id is not None and tokenizer.eos_token_id != text.eos_token_id:
         raise ValueError(
@@ -210,9 +216,9 @@ def fill_model(model: MLIPModel, state: dict[str, Tensor]) -> MLIPModel:
 
 
 def _compare_with_source(model: MLIPModel, checkpoint: Source) -> Report | None:
-    if checkpoint.kind == "open_clip":
-        return compare_strictly(model, open_clip_oracle(checkpoint.model_cfg, checkpoint.state), checkpoint.name)
     state = {key: tensor for key, tensor in checkpoint.state.items() if key not in tables.BUFFERS}
+    if checkpoint.kind == "open_clip":
+        return compare_strictly(model, open_clip_oracle(checkpoint.model_cfg, state), checkpoint.name)
     if checkpoint.kind == "siglip":
         oracle = siglip_oracle(SiglipConfig.from_pretrained(checkpoint.folder).to_dict(), state)
     else:

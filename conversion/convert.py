@@ -12,6 +12,7 @@ from pathlib import Path
 
 from modeling_mlip.hub.atomic_files import check_target, new_folder
 from modeling_mlip.hub.extras import install_hint
+from modeling_mlip.hub.text_context import stretch_text_context
 
 from .checkpoints import Conversion, convert, write_mlip
 from .export import FORMATS, export, write_exported
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     conversion = convert(arguments.source, arguments.model, overrides)
     if arguments.speedup is not None:
         _set_merging(conversion, arguments.speedup)
+    if arguments.max_seq_length is not None:
+        _stretch_context(conversion, arguments.max_seq_length)
     _print_summary(conversion)
     if arguments.to == "mlip":
         with new_folder(arguments.target, arguments.overwrite) as folder:
@@ -56,6 +59,14 @@ def _set_merging(conversion: Conversion, speedup: float) -> None:
         setattr(config, name, value)
     layers = " ".join(map(str, config.merge_layers))
     print(f"For {speedup:g} times fewer FLOPs: --merge_ratio {config.merge_ratio} --merge_layers {layers}")
+
+
+def _stretch_context(conversion: Conversion, length: int) -> None:
+    """Gives the model and its tokenizer a longer context."""
+    context = conversion.model.config.text_config.max_position_embeddings
+    stretch_text_context(conversion.model, length)
+    conversion.processor.tokenizer.model_max_length = length
+    conversion.notes.append(f"positions of captions stretched from {context} to {length} tokens after the comparison")
 
 
 def _export(conversion: Conversion, arguments: argparse.Namespace) -> None:
@@ -111,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
         "--merge-method",
         "--merge_method",
         help="mlip, tome, elip or ward (the default for a checkpoint that is not MLIP's)",
+    )
+    parser.add_argument(
+        "--max-seq-length",
+        "--max_seq_length",
+        type=int,
+        help="longest caption in tokens, above the context of the checkpoint: stretches its position embeddings",
     )
     parser.add_argument("--to", choices=("mlip", *FORMATS), default="mlip", help="format to write")
     parser.add_argument("--drop-frequency", "--drop_frequency", action="store_true",

@@ -154,7 +154,7 @@ def _clip_state(model: MLIPModel, drop_frequency: bool) -> tuple[dict[str, Tenso
     if stage is not None and (stage.gate.any() or model.config.frequency_embed_weight):
         in_use = "the frequency stage, which is in use (gate or frequency_embed_weight), so that embeddings change"
         if not drop_frequency:
-            raise ValueError(f"the other format cannot contain {in_use}: set drop_frequency to leave it out.")
+            raise ValueError(f"the other format cannot contain {in_use}: set drop_frequency=True to leave it out.")
         notes.append(f"left out: {in_use}")
     if own_names:
         modules = dict.fromkeys(name.removeprefix("vision_model.").split(".")[0] for name in own_names)

@@ -12,14 +12,15 @@ from typing import Any
 
 from transformers import CLIPConfig, SiglipConfig
 
-from modeling_mlip import MLIPConfig, MLIPVisionConfig
+from modeling_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
 from modeling_mlip.hub.extras import require_modules
 
-from .timm_towers import TIMM_TOWERS, timm_name_of, vision_keys_of_timm
+from .hugging_face_towers import ENCODERS, hugging_face_text_cfg, text_keys_of_hugging_face
+from .timm_towers import TIMM_TOWERS, is_timm_tower, timm_head_of, timm_name_of, vision_keys_of_timm
 
 SUPPORTED = (
-    "MLIP converts CLIP, fixed-resolution SigLIP, and the plain ViTs of OpenCLIP (ViT-S/M/B/L/H/g/e/bigG, their text "
-    "transformer)"
+    "MLIP converts CLIP, fixed-resolution SigLIP, and the ViTs of OpenCLIP (its own, CoCa's, and timm's SigLIP, EVA, "
+    "EVA-02, Perception Encoder, CLIP and MobileCLIP-B) with its text transformer, RoBERTa, XLM-RoBERTa or NLLB"
 )
 CLIP_VOCAB, CLIP_BOS, CLIP_EOS = 49408, 49406, 49407
 
@@ -28,17 +29,18 @@ VISION_DEFAULTS: dict[str, Any] = {
     "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224,
     "ls_init_value": None, "no_ln_pre": False, "pool_type": "tok", "final_ln_after_pool": False,
     "act_kwargs": None, "norm_kwargs": None,
+    "attentional_pool": False, "attn_pooler_queries": 256, "attn_pooler_heads": 8,
 }  # fmt: skip
 TEXT_DEFAULTS: dict[str, Any] = {
     "context_length": 77, "vocab_size": CLIP_VOCAB, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
     "ls_init_value": None, "pad_id": 0, "eos_id": 2, "no_causal_mask": False, "pool_type": "argmax",
-    "proj_type": "linear", "proj_bias": False,
+    "proj_type": "linear", "proj_bias": False, "embed_cls": False,
     "act_kwargs": None, "norm_kwargs": None,
     "hf_tokenizer_name": None, "tokenizer_mode": None, "tokenizer_kwargs": None,
 }  # fmt: skip
 # Keys that do not change what a trained model computes.
 IGNORED = {
-    "patch_dropout", "output_tokens", "pos_embed_type", "attn_pooler_queries", "attn_pooler_heads",
+    "patch_dropout", "output_tokens", "pos_embed_type",
     "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
     "hf_model_pretrained", "hf_proj_type", "hf_pooler_type",
 }  # fmt: skip
@@ -46,8 +48,6 @@ IGNORED = {
 REFUSED = {
     "timm_model_name": "the timm image tower {}",
     "hf_model_name": "the Hugging Face text tower {}",
-    "attentional_pool": "an image tower with attentional pooling (CoCa)",
-    "embed_cls": "a text tower with a class embedding (CoCa)",
     "qk_norm": "a tower with qk_norm",
     "scaled_cosine_attn": "a tower with scaled_cosine_attn",
     "scale_heads": "a tower with scale_heads",
@@ -182,17 +182,15 @@ def highest_id(vocab_size: int) -> int:
 
 
 def mlip_config_of_open_clip(model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """The keys of MLIPConfig that compute what OpenCLIP computes from `model_cfg`.
+    """The keys of MLIPConfig that compute what OpenCLIP computes from `model_cfg`, without the decoder of CoCa.
 
     Raises:
         ValueError: naming the tower, if MLIP does not compute it.
     """
-    if "multimodal_cfg" in model_cfg:
-        _refuse_tower("CoCa (multimodal_cfg)")
     if isinstance(model_cfg["vision_cfg"].get("layers"), list | tuple):
         _refuse_tower(f"a ResNet image tower (layers={list(model_cfg['vision_cfg']['layers'])})")
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias",
-             "nonscalar_logit_scale", "output_dict", "cast_dtype"}  # fmt: skip
+             "nonscalar_logit_scale", "output_dict", "cast_dtype", "multimodal_cfg"}  # fmt: skip
     if unknown := set(model_cfg) - known:
         raise ValueError(f"model_cfg has the key {min(unknown)}, which MLIP does not know; {SUPPORTED}.")
     quick_gelu, embed_dim = bool(model_cfg.get("quick_gelu")), model_cfg["embed_dim"]
@@ -208,7 +206,7 @@ def mlip_config_of_open_clip(model_cfg: dict[str, Any]) -> dict[str, Any]:
             ),
             "projection_dim": embed_dim,
         },
-        "text_config": {**_text_keys(model_cfg["text_cfg"], quick_gelu), "projection_dim": embed_dim},
+        "text_config": {**_text_keys(model_cfg["text_cfg"], quick_gelu, embed_dim), "projection_dim": embed_dim},
     }
 
 
@@ -235,13 +233,37 @@ def _vision_keys(vision_cfg: dict[str, Any], quick_gelu: bool) -> dict[str, Any]
         "patch_size": _square("patch_size", vision["patch_size"]),
         "pooling": "mean" if mean else "class",
         "use_pre_layernorm": not vision["no_ln_pre"],
+        **_attentional_pool_keys(vision),
     }
 
 
-def _text_keys(text_cfg: dict[str, Any], quick_gelu: bool) -> dict[str, Any]:
+def _attentional_pool_keys(vision: dict[str, Any]) -> dict[str, Any]:
+    """CoCa's pooling, in which the first query takes the place of the class token."""
+    if not vision["attentional_pool"]:
+        return {}
+    if vision["attentional_pool"] is not True or vision["pool_type"] != "tok":
+        _refuse_tower(
+            f"an image tower with attentional_pool={vision['attentional_pool']!r} and pool_type={vision['pool_type']!r}"
+        )
+    return {
+        "pooling": "cross_attention",
+        "pooling_num_heads": vision["attn_pooler_heads"],
+        "pooling_num_queries": vision["attn_pooler_queries"],
+    }
+
+
+def _text_keys(text_cfg: dict[str, Any], quick_gelu: bool, embed_dim: int) -> dict[str, Any]:
+    if text_cfg.get("hf_model_name") in ENCODERS:
+        own_keys = {key: value for key, value in text_cfg.items() if key != "hf_model_name"}
+        _resolved("text_cfg", own_keys, TEXT_DEFAULTS)  # refuses keys that are not known
+        return text_keys_of_hugging_face(text_cfg, embed_dim)
     text = _resolved("text_cfg", text_cfg, TEXT_DEFAULTS)
     if text["pool_type"] not in ("argmax", "eos", "last"):
         _refuse_tower(f"a text tower with pool_type={text['pool_type']!r}")
+    if text["embed_cls"] and (text["no_causal_mask"] or text["pool_type"] != "argmax"):
+        _refuse_tower(
+            f"a text tower with embed_cls, pool_type={text['pool_type']!r} and no_causal_mask={text['no_causal_mask']}"
+        )
     argmax, has_projection = text["pool_type"] == "argmax", text["proj_type"] == "linear"
     return {
         **_tower(text, quick_gelu),
@@ -251,7 +273,7 @@ def _text_keys(text_cfg: dict[str, Any], quick_gelu: bool) -> dict[str, Any]:
         "bos_token_id": CLIP_BOS if text["vocab_size"] == CLIP_VOCAB and argmax else None,
         "eos_token_id": highest_id(text["vocab_size"]) if argmax else text["eos_id"],
         "pad_token_id": text["pad_id"],
-        "pooling": "last" if text["pool_type"] == "last" else "eos",
+        "pooling": "class" if text["embed_cls"] else "last" if text["pool_type"] == "last" else "eos",
         "use_causal_mask": not text["no_causal_mask"],
         "use_text_projection": has_projection,
         "text_projection_bias": has_projection and bool(text["proj_bias"]),
@@ -266,11 +288,12 @@ def open_clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
     """
     vision, text = towers(config)
     acts = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-    is_timm = vision.pooling == "attention" or not vision.use_class_token
-    for part in (vision, text):
+    is_timm = is_timm_tower(vision)
+    is_hugging_face = text.encoder_config is not None
+    for part in (() if is_timm else (vision,)) + (() if is_hugging_face else (text,)):
         if part.hidden_act not in acts:
             raise ValueError(f"OpenCLIP has no activation {part.hidden_act!r}; it has {', '.join(acts)}.")
-    if not is_timm and acts[vision.hidden_act][0] != acts[text.hidden_act][0]:
+    if not (is_timm or is_hugging_face) and acts[vision.hidden_act][0] != acts[text.hidden_act][0]:
         raise ValueError(f"OpenCLIP has one activation for both towers, not {vision.hidden_act} and {text.hidden_act}.")
 
     def tower(ours) -> dict[str, Any]:
@@ -289,7 +312,38 @@ def open_clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
         return cfg | ({"act_kwargs": {"approximate": approximate}} if approximate else {})
 
     vision_cfg = _timm_vision_cfg(vision) if is_timm else _plain_vision_cfg(vision, tower(vision))
-    text_cfg = {"context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, **tower(text)}
+    if is_hugging_face:
+        text_cfg = hugging_face_text_cfg(text, config.projection_dim)
+    else:
+        text_cfg = _plain_text_cfg(text, tower(text))
+    model_cfg: dict[str, Any] = {"embed_dim": config.projection_dim}
+    if (vision if is_hugging_face else text).hidden_act == "quick_gelu":
+        model_cfg["quick_gelu"] = True
+    if config.instance_loss == "sigmoid":
+        model_cfg["init_logit_bias"] = config.logit_bias_init_value
+        model_cfg["init_logit_scale"] = config.logit_scale_init_value
+    if needs_text_module({"vision_cfg": vision_cfg, "text_cfg": text_cfg}):
+        model_cfg["custom_text"] = True
+    return {**model_cfg, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+
+
+def needs_text_module(model_cfg: dict[str, Any]) -> bool:
+    """Whether OpenCLIP computes the text tower only in a module of its own (`CustomTextCLIP`).
+
+    It takes that class for towers of timm, too, and for Hugging Face text towers.
+    """
+    text_cfg = model_cfg["text_cfg"]
+    has_timm_tower = "timm_model_name" in model_cfg["vision_cfg"]
+    return has_timm_tower or bool(text_cfg.get("hf_model_name") or text_cfg.get("embed_cls"))
+
+
+def _plain_text_cfg(text: MLIPTextConfig, tower: dict[str, Any]) -> dict[str, Any]:
+    if text.text_projection_hidden_size is not None:
+        raise ValueError(
+            "OpenCLIP's text transformer has a linear projection: "
+            f"text_projection_hidden_size={text.text_projection_hidden_size}."
+        )
+    text_cfg = {"context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, **tower}
     text_cfg |= {"heads": text.num_attention_heads, "pad_id": text.pad_token_id or 0}
     if not text.use_causal_mask:
         text_cfg["no_causal_mask"] = True
@@ -297,19 +351,13 @@ def open_clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
         text_cfg["proj_bias"] = True
     if not text.use_text_projection:
         text_cfg["proj_type"] = "none"
-    if text.pooling == "last":
+    if text.pooling == "class":
+        text_cfg["embed_cls"] = True
+    elif text.pooling == "last":
         text_cfg["pool_type"] = "last"
     elif text.eos_token_id != text.vocab_size - 1:  # ids of added tokens are above EOS
         text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
-    model_cfg: dict[str, Any] = {"embed_dim": config.projection_dim}
-    if text.hidden_act == "quick_gelu":
-        model_cfg["quick_gelu"] = True
-    if config.instance_loss == "sigmoid":
-        model_cfg["init_logit_bias"] = config.logit_bias_init_value
-        model_cfg["init_logit_scale"] = config.logit_scale_init_value
-    if is_timm:
-        model_cfg["custom_text"] = True
-    return {**model_cfg, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    return text_cfg
 
 
 def _timm_vision_cfg(vision: MLIPVisionConfig) -> dict[str, Any]:
@@ -317,8 +365,7 @@ def _timm_vision_cfg(vision: MLIPVisionConfig) -> dict[str, Any]:
         "image_size": vision.image_size,
         "timm_model_name": timm_name_of(vision),
         "timm_model_pretrained": False,
-        "timm_pool": "map",
-        "timm_proj": "none",
+        **timm_head_of(vision),
     }
 
 
@@ -329,6 +376,12 @@ def _plain_vision_cfg(vision: MLIPVisionConfig, tower: dict[str, Any]) -> dict[s
     vision_cfg["head_width"] = vision.hidden_size // vision.num_attention_heads
     if not vision.use_pre_layernorm:
         vision_cfg["no_ln_pre"] = True
+    if vision.pooling == "cross_attention":
+        vision_cfg |= {
+            "attentional_pool": True,
+            "attn_pooler_heads": vision.pooling_num_heads or vision.num_attention_heads,
+            "attn_pooler_queries": vision.pooling_num_queries,
+        }
     if vision.pooling == "mean":
         vision_cfg |= {"pool_type": "avg", "final_ln_after_pool": True}
     return vision_cfg

@@ -8,10 +8,13 @@ models together take the memory of one.
 import functools
 import importlib.util
 import itertools
+import json
 import math
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +26,8 @@ from torch.utils._pytree import tree_map
 from modeling_mlip import MLIPConfig, MLIPModel
 
 from . import tables
-from .open_clip_configurations import highest_id, towers
+from .hugging_face_towers import ENCODERS
+from .open_clip_configurations import highest_id, needs_text_module, towers
 
 TOLERANCE = 1e-4
 # Number of groups of layers that the report has for each tower.
@@ -110,7 +114,7 @@ class Oracle:
 
 
 # Keys of model_cfg about how OpenCLIP stores parameters and returns outputs.
-NOT_MATHEMATICS = ("custom_text", "output_dict", "cast_dtype")
+NOT_MATHEMATICS = ("custom_text", "output_dict", "cast_dtype", "multimodal_cfg")
 
 
 def open_clip_oracle(model_cfg: dict[str, Any], state: dict[str, Tensor]) -> Oracle | None:
@@ -123,15 +127,19 @@ def open_clip_oracle(model_cfg: dict[str, Any], state: dict[str, Tensor]) -> Ora
         return None
     import open_clip
 
-    has_text_module = "timm_model_name" in model_cfg["vision_cfg"]
-    keys = {key: value for key, value in model_cfg.items() if key not in NOT_MATHEMATICS}
-    with torch.device("meta"):
-        model = open_clip.CustomTextCLIP(**keys) if has_text_module else open_clip.CLIP(**keys)
+    model = open_clip_model_on_meta(model_cfg)
+    has_text_module = isinstance(model, open_clip.CustomTextCLIP)
+    has_timm_tower = "timm_model_name" in model_cfg["vision_cfg"]
     state = tables.with_text_prefix(state) if has_text_module else state
     state |= {key: state[key].reshape(model.logit_scale.shape) for key in tables.SCALARS & set(state)}
     model.load_state_dict(state, assign=True)
+    if has_timm_tower:
+        _fill_timm_buffers(model.visual.trunk)
     text_model = model.text if has_text_module else model
-    if text_model.attn_mask is not None:
+    is_hugging_face = bool(model_cfg["text_cfg"].get("hf_model_name"))
+    if is_hugging_face:
+        _fill_buffers(text_model.transformer)
+    elif text_model.attn_mask is not None:
         text_model.attn_mask = torch.full(text_model.attn_mask.shape, float("-inf")).triu_(1)
 
     def outputs(images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
@@ -139,12 +147,61 @@ def open_clip_oracle(model_cfg: dict[str, Any], state: dict[str, Tensor]) -> Ora
         logits = scale * image @ text.T
         return image, text, logits + bias[0] if bias else logits
 
-    image_layers = model.visual.trunk.blocks if has_text_module else model.visual.transformer.resblocks
-    layers = image_layers, text_model.transformer.resblocks
-    pools_at_highest_id = model_cfg["text_cfg"].get("pool_type", "argmax") == "argmax"
+    image_layers = model.visual.trunk.blocks if has_timm_tower else model.visual.transformer.resblocks
+    layers = image_layers, text_layers(text_model.transformer)
+    reads_all_ids = is_hugging_face or bool(model_cfg["text_cfg"].get("embed_cls"))
+    pools_at_highest_id = not reads_all_ids and model_cfg["text_cfg"].get("pool_type", "argmax") == "argmax"
     encode_text = functools.partial(model.encode_text, normalize=True)
     name = f"open_clip {open_clip.__version__}"
     return Oracle(name, model, *layers, outputs, encode_text, pools_at_highest_id)
+
+
+def open_clip_model_on_meta(model_cfg: dict[str, Any]) -> Any:
+    """OpenCLIP's model without memory and without CoCa's decoder. The configuration of a Hugging Face text tower is
+    not fetched."""
+    import open_clip
+
+    keys = {key: value for key, value in model_cfg.items() if key not in NOT_MATHEMATICS}
+    for tower in ("vision_cfg", "text_cfg"):
+        keys[tower] = {key: value for key, value in model_cfg[tower].items() if key != "output_tokens"}
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        if name := model_cfg["text_cfg"].get("hf_model_name"):
+            (Path(folder) / "config.json").write_text(json.dumps(ENCODERS[name]))
+            keys["text_cfg"] |= {"hf_model_name": folder, "hf_model_pretrained": False}
+        return open_clip.CustomTextCLIP(**keys) if needs_text_module(model_cfg) else open_clip.CLIP(**keys)
+
+
+def text_layers(encoder: Any) -> nn.ModuleList:
+    """The layers of a text transformer of OpenCLIP, MLIP, or transformers (RoBERTa, the encoder of M2M-100)."""
+    for name in ("resblocks", "layers"):
+        if hasattr(encoder, name):
+            return getattr(encoder, name)
+    return encoder.encoder.layer
+
+
+def _fill_timm_buffers(tower: nn.Module) -> None:
+    """Computes the buffers that timm does not save, for a tower that was made on the meta device."""
+    module: Any
+    for module in tower.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+
+def _fill_buffers(encoder: Any) -> None:
+    """Computes the buffers that transformers does not save, for an encoder that was made on the meta device."""
+    if hasattr(encoder, "embed_positions"):
+        positions = encoder.embed_positions
+        del positions.weights
+        positions.make_weights(
+            positions.num_positions + positions.offset, positions.embedding_dim, positions.padding_idx
+        )
+    else:
+        embeddings = encoder.embeddings
+        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[1])[None]
+        embeddings.token_type_ids = torch.zeros_like(embeddings.position_ids)
 
 
 def clip_oracle(config: dict[str, Any], state: dict[str, Tensor]) -> Oracle:
@@ -216,7 +273,7 @@ def compare(model: MLIPModel, oracle: Oracle, seed: int = 0) -> Report:
     with InFloat32() if model.dtype in HALF else nullcontext():
         with _recorded(oracle.vision_layers, oracle.text_layers) as theirs:
             their_outputs = oracle.outputs(images, ids)
-        with _recorded(model.vision_model.encoder.layers, model.text_model.encoder.layers) as ours:
+        with _recorded(model.vision_model.encoder.layers, text_layers(model.text_model.encoder)) as ours:
             output = model(input_ids=ids, pixel_values=images)
         our_texts = torch.cat([_encode_text(model, batch) for batch in all_ids.split(TEXT_BATCH)])
         their_texts = torch.cat([oracle.encode_text(batch) for batch in all_ids.split(TEXT_BATCH)])
@@ -242,7 +299,7 @@ def random_inputs(config: MLIPConfig, seed: int = 0) -> tuple[Tensor, Tensor]:
     vision, text = towers(config)
     images = torch.randn(2, 3, vision.image_size, vision.image_size, generator=generator)
     length, pad = text.max_position_embeddings, text.pad_token_id or 0
-    eos = text.eos_token_id if text.pooling == "eos" else pad
+    eos = pad if text.pooling == "last" else text.eos_token_id
     # As in captions: no id is above an EOS that is found as the highest id, and the first EOS is the end.
     top = eos if eos == highest_id(text.vocab_size) else text.vocab_size
     ids = torch.randint(1, top, (3, length), generator=generator)
@@ -264,7 +321,7 @@ def captions_of_all_lengths(config: MLIPConfig, pools_at_highest_id: bool, seed:
     generator = torch.Generator().manual_seed(seed)
     _, text = towers(config)
     length, pad = text.max_position_embeddings, text.pad_token_id or 0
-    eos = text.eos_token_id if text.pooling == "eos" else pad
+    eos = pad if text.pooling == "last" else text.eos_token_id
     top = eos if pools_at_highest_id and text.pooling == "eos" else text.vocab_size
     bos = text.bos_token_id if text.bos_token_id is not None else 0
     special = [0, 1, 2, 3, bos, pad, eos - 1, eos + 1, (eos + top) // 2, top - 2, top - 1]
@@ -276,7 +333,7 @@ def captions_of_all_lengths(config: MLIPConfig, pools_at_highest_id: bool, seed:
             ids[row, column] = special[(row // 2 + column // 2) % len(special)]
         ids[row, row] = eos
         if row % 3 or text.pooling == "last":
-            ids[row, row + 1 :] = pad  # other rows keep ids after EOS, which must not change the embedding
+            ids[row, row + 1 :] = pad  # other rows keep ids after EOS, which change the embedding only of a mean
     return ids
 
 

@@ -30,6 +30,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from modeling_mlip.hub.extras import install_hint
 
+from .hugging_face_towers import vocab_size_of
 from .open_clip_configurations import CLIP_VOCAB
 
 TOKENIZER_FILES = (
@@ -159,7 +160,7 @@ def tokenizer_of(text_cfg: dict[str, Any], folder: Path | None) -> PreTrainedTok
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer {name} ({type(tokenizer).__name__}) has no tokenizer.json, which MLIP needs.")
-    vocab_size = text_cfg.get("vocab_size", CLIP_VOCAB)
+    vocab_size = vocab_size_of(text_cfg, default=CLIP_VOCAB)
     if surplus_tokens(tokenizer, vocab_size):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}.")
     if strip_sep:
@@ -321,7 +322,8 @@ def check_open_clip_tokens(tokenizer: PreTrainedTokenizerFast, model_cfg: dict[s
         else:
             theirs = SimpleTokenizer(context_length=length, **options)(texts)
     ours = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-    pools_at_eos = text_cfg.get("pool_type", "argmax") != "last" and not text_cfg.get("no_causal_mask")
+    reads_padding = text_cfg.get("no_causal_mask") or text_cfg.get("embed_cls") or text_cfg.get("hf_model_name")
+    pools_at_eos = text_cfg.get("pool_type", "argmax") != "last" and not reads_padding
     eos = text_cfg["eos_id"] if text_cfg.get("pool_type") == "eos" else int(theirs[0].max())
     for text, our_ids, their_ids in zip(texts, ours.tolist(), theirs.tolist(), strict=True):
         if pools_at_eos and eos in our_ids and eos in their_ids:

@@ -6,18 +6,21 @@ parts along its first axis (OpenCLIP keeps query, key and value in one matrix). 
 are views wherever the memory layout allows it.
 
 Sources: the parameter names of `open_clip.model.CLIP` and `CustomTextCLIP` (open_clip 3.3; the prefix `text.` of the
-latter is removed on reading and added on writing), of `timm.models.VisionTransformer` (timm 1.0), and of
+latter is removed on reading and added on writing), of timm's `VisionTransformer` and `Eva` (timm 1.0), and of
 `transformers.CLIPModel` and `SiglipModel` (transformers 5).
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from modeling_mlip import MLIPConfig
+from modeling_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
+
+from .timm_towers import is_timm_tower
 
 Table = Mapping[str, str | tuple[str, ...]]
 
@@ -59,19 +62,29 @@ OPEN_CLIP_VISION: Table = {
     "visual.proj": "visual_projection.weight",
 }
 _HEAD = "vision_model.head"
-# timm's ViT with attention pooling (SigLIP), in OpenCLIP's TimmModel.
-TIMM_SIGLIP_VISION: Table = {
+_TIMM_BLOCK, _LAYER = "visual.trunk.blocks.{}", "vision_model.encoder.layers.{}"
+_QKV = tuple(f"{_LAYER}.self_attn.{part}_proj" for part in "qkv")
+# timm's ViT and Eva in OpenCLIP's TimmModel, but for queries, keys and values.
+_STEM = "vision_model.embeddings.patch_embedding"
+TIMM_VISION: Table = {
+    "visual.trunk.cls_token": "vision_model.embeddings.class_embedding",
     **_linear("visual.trunk.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
+    **{
+        f"visual.trunk.patch_embed.backbone.{{}}.{theirs}.{kind}": f"{_STEM}.{{}}.{ours}.{kind}"
+        for theirs, ours, kinds in (
+            ("conv", "conv", ("weight", "bias")),
+            ("bn", "norm", ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+        )
+        for kind in kinds
+    },
     "visual.trunk.pos_embed": "vision_model.embeddings.position_embedding.weight",
-    **_linear("visual.trunk.blocks.{}.norm1", "vision_model.encoder.layers.{}.layer_norm1"),
-    **_linear("visual.trunk.blocks.{}.norm2", "vision_model.encoder.layers.{}.layer_norm2"),
-    **_linear(
-        "visual.trunk.blocks.{}.attn.qkv",
-        tuple(f"vision_model.encoder.layers.{{}}.self_attn.{part}_proj" for part in "qkv"),
-    ),
-    **_linear("visual.trunk.blocks.{}.attn.proj", "vision_model.encoder.layers.{}.self_attn.out_proj"),
-    **_linear("visual.trunk.blocks.{}.mlp.fc1", "vision_model.encoder.layers.{}.mlp.fc1"),
-    **_linear("visual.trunk.blocks.{}.mlp.fc2", "vision_model.encoder.layers.{}.mlp.fc2"),
+    **_linear("visual.trunk.norm_pre", "vision_model.pre_layrnorm"),
+    **_linear(f"{_TIMM_BLOCK}.norm1", f"{_LAYER}.layer_norm1"),
+    **_linear(f"{_TIMM_BLOCK}.norm2", f"{_LAYER}.layer_norm2"),
+    **_linear(f"{_TIMM_BLOCK}.attn.norm", f"{_LAYER}.self_attn.layer_norm"),
+    **_linear(f"{_TIMM_BLOCK}.attn.proj", f"{_LAYER}.self_attn.out_proj"),
+    **_linear(f"{_TIMM_BLOCK}.mlp.fc2", f"{_LAYER}.mlp.fc2"),
+    **_linear(f"{_TIMM_BLOCK}.mlp.norm", f"{_LAYER}.mlp.layer_norm"),
     **_linear("visual.trunk.norm", "vision_model.post_layernorm"),
     "visual.trunk.attn_pool.latent": f"{_HEAD}.probe",
     **_linear("visual.trunk.attn_pool.q", f"{_HEAD}.q_proj"),
@@ -80,6 +93,26 @@ TIMM_SIGLIP_VISION: Table = {
     **_linear("visual.trunk.attn_pool.norm", f"{_HEAD}.layernorm"),
     **_linear("visual.trunk.attn_pool.mlp.fc1", f"{_HEAD}.mlp.fc1"),
     **_linear("visual.trunk.attn_pool.mlp.fc2", f"{_HEAD}.mlp.fc2"),
+    **_linear("visual.trunk.head", "visual_projection"),
+}
+# Queries, keys and values in one Linear, with one bias (SigLIP, Perception Encoder).
+TIMM_JOINT_QKV: Table = _linear(f"{_TIMM_BLOCK}.attn.qkv", _QKV)
+# In one Linear, with separate biases and none of the keys (EVA).
+TIMM_JOINT_WEIGHT: Table = {
+    f"{_TIMM_BLOCK}.attn.qkv.weight": tuple(f"{name}.weight" for name in _QKV),
+    f"{_TIMM_BLOCK}.attn.q_bias": f"{_QKV[0]}.bias",
+    f"{_TIMM_BLOCK}.attn.v_bias": f"{_QKV[2]}.bias",
+}
+# In one Linear each (EVA-02).
+TIMM_SEPARATE_QKV: Table = {
+    name: ours
+    for part, ours_part in zip("qkv", _QKV, strict=True)
+    for name, ours in _linear(f"{_TIMM_BLOCK}.attn.{part}_proj", ours_part).items()
+}
+TIMM_MLP: Table = _linear(f"{_TIMM_BLOCK}.mlp.fc1", f"{_LAYER}.mlp.fc1")
+TIMM_GATED_MLP: Table = {
+    **_linear(f"{_TIMM_BLOCK}.mlp.fc1_g", f"{_LAYER}.mlp.gate_proj"),
+    **_linear(f"{_TIMM_BLOCK}.mlp.fc1_x", f"{_LAYER}.mlp.fc1"),
 }
 OPEN_CLIP_TEXT: Table = {
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -88,13 +121,74 @@ OPEN_CLIP_TEXT: Table = {
     "ln_final.weight": "text_model.final_layer_norm.weight",
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
+_POOL = "visual.attn_pool"
+# CoCa's pooling. OpenCLIP keeps the weights of query, key and value in one matrix if all inputs have the same width.
+COCA_POOL: Table = {
+    f"{_POOL}.query": f"{_HEAD}.query",
+    **_linear(f"{_POOL}.ln_q", f"{_HEAD}.layernorm_query"),
+    **_linear(f"{_POOL}.ln_k", f"{_HEAD}.layernorm"),
+    **{f"{_POOL}.attn.{part}_proj_weight": f"{_HEAD}.{part}_proj.weight" for part in "qkv"},
+    f"{_POOL}.attn.in_proj_bias": tuple(f"{_HEAD}.{part}_proj.bias" for part in "qkv"),
+    **_linear(f"{_POOL}.attn.out_proj", f"{_HEAD}.out_proj"),
+}
+JOINED_COCA_POOL: Table = {
+    **{name: ours for name, ours in COCA_POOL.items() if not name.endswith("_proj_weight")},
+    f"{_POOL}.attn.in_proj_weight": tuple(f"{_HEAD}.{part}_proj.weight" for part in "qkv"),
+}
+COCA_TEXT: Table = {"cls_emb": "text_model.embeddings.class_embedding"}
+# Prefix of the decoder that CoCa generates captions with.
+DECODER = "text_decoder."
+_ENCODER = "text_model.encoder"
+# RoBERTa and XLM-RoBERTa of transformers, in OpenCLIP's HFTextEncoder.
+ROBERTA_TEXT: Table = {
+    **{
+        f"transformer.embeddings.{name}.weight": f"{_ENCODER}.embeddings.{name}.weight"
+        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    },
+    **_linear("transformer.embeddings.LayerNorm", f"{_ENCODER}.embeddings.LayerNorm"),
+    **{
+        theirs: ours
+        for name in (
+            *(f"attention.self.{part}" for part in ("query", "key", "value")),
+            "attention.output.dense",
+            "attention.output.LayerNorm",
+            "intermediate.dense",
+            "output.dense",
+            "output.LayerNorm",
+        )
+        for theirs, ours in _linear(
+            f"transformer.encoder.layer.{{}}.{name}", f"{_ENCODER}.encoder.layer.{{}}.{name}"
+        ).items()
+    },
+}
+# The encoder of M2M-100 (NLLB) of transformers, in OpenCLIP's HFTextEncoder.
+M2M_100_TEXT: Table = {
+    "transformer.embed_tokens.weight": f"{_ENCODER}.embed_tokens.weight",
+    **{
+        theirs: ours
+        for name in (
+            *(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")),
+            "self_attn_layer_norm",
+            "fc1",
+            "fc2",
+            "final_layer_norm",
+        )
+        for theirs, ours in _linear(f"transformer.layers.{{}}.{name}", f"{_ENCODER}.layers.{{}}.{name}").items()
+    },
+    **_linear("transformer.layer_norm", f"{_ENCODER}.layer_norm"),
+}
+# The projection of OpenCLIP's HFTextEncoder: linear, or two layers.
+ENCODER_PROJECTION: Table = {
+    "proj.weight": "text_projection.weight",
+    "proj.{}.weight": "text_projection.{}.weight",
+}
 # OpenCLIP's projection of the text tower: a matrix, or a Linear if it has a bias.
 MATRIX_PROJECTION: Table = {"text_projection": "text_projection.weight"}
 OPEN_CLIP: Table = {**LOGITS, **OPEN_CLIP_VISION, **OPEN_CLIP_TEXT, **MATRIX_PROJECTION}
 # OpenCLIP multiplies by these from the right, a Linear by its transpose.
 TRANSPOSED = {"visual.proj", "text_projection"}
-# timm's position embeddings have a first axis of length 1.
-UNSQUEEZED = {"visual.trunk.pos_embed"}
+# The number of axes of length 1 before the others in timm.
+UNSQUEEZED = {"visual.trunk.pos_embed": 1, "visual.trunk.cls_token": 2}
 # OpenCLIP stores these as scalars or with one element, transformers' SiglipModel with one element.
 SCALARS = {"logit_scale", "logit_bias"}
 
@@ -130,10 +224,29 @@ SIGLIP: Table = {
 
 def open_clip_table(config: MLIPConfig) -> Table:
     """OpenCLIP's names for the towers of a configuration."""
-    vision = TIMM_SIGLIP_VISION if config.vision_config.pooling == "attention" else OPEN_CLIP_VISION
-    has_bias = config.text_config.text_projection_bias
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    vision_table = _timm_table(vision) if is_timm_tower(vision) else OPEN_CLIP_VISION
+    if vision.pooling == "cross_attention":
+        vision_table = {**vision_table, **(JOINED_COCA_POOL if vision.hidden_size == vision.pooled_size else COCA_POOL)}
+    return {**LOGITS, **vision_table, **_open_clip_text_table(text)}
+
+
+def _timm_table(vision: MLIPVisionConfig) -> Table:
+    if vision.use_key_bias:
+        attention = TIMM_JOINT_QKV
+    else:
+        attention = TIMM_SEPARATE_QKV if vision.use_gated_mlp else TIMM_JOINT_WEIGHT
+    return {**TIMM_VISION, **attention, **(TIMM_GATED_MLP if vision.use_gated_mlp else TIMM_MLP)}
+
+
+def _open_clip_text_table(config: MLIPTextConfig) -> Table:
+    if config.encoder_config is not None:
+        encoder = M2M_100_TEXT if config.encoder_config.model_type == "m2m_100" else ROBERTA_TEXT
+        return {**encoder, **ENCODER_PROJECTION}
+    has_bias = config.text_projection_bias
     projection = _linear("text_projection", "text_projection") if has_bias else MATRIX_PROJECTION
-    return {**LOGITS, **vision, **OPEN_CLIP_TEXT, **projection}
+    return {**OPEN_CLIP_TEXT, **(COCA_TEXT if config.pooling == "class" else {}), **projection}
 
 
 def with_text_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,6 +270,9 @@ OWN = (
 # Buffers in older files: position ids or a causal mask, which the model builds itself.
 BUFFERS = {
     "attn_mask",
+    "transformer.embeddings.position_ids",
+    "transformer.embeddings.token_type_ids",
+    "transformer.embed_positions.weights",
     "text_model.embeddings.position_ids",
     "vision_model.embeddings.position_ids",
 }
@@ -188,7 +304,7 @@ def to_mlip(state: Mapping[str, Tensor], table: Table, shapes: Mapping[str, torc
     for key, tensor in tqdm(state.items(), desc="renaming", unit=" tensors", disable=None, leave=False):
         names = _lookup(key, table)
         tensor = tensor.reshape(()) if key in SCALARS and tensor.numel() == 1 else tensor
-        tensor = tensor.squeeze(0) if key in UNSQUEEZED else tensor
+        tensor = tensor.squeeze(tuple(range(UNSQUEEZED[key]))) if key in UNSQUEEZED else tensor
         tensor = tensor.t().contiguous() if key in TRANSPOSED and tensor.ndim == 2 else tensor
         if tensor.shape[:1].numel() % len(names):
             raise ValueError(f"{key} has shape {list(tensor.shape)}, which does not split in {len(names)}.")
@@ -234,7 +350,7 @@ def from_mlip(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
             tensor = torch.cat([state[part.format(layer)] for part in names])
         key = key.format(layer)
         tensor = tensor.reshape(1) if key in SCALARS and table is SIGLIP else tensor
-        tensor = tensor[None] if key in UNSQUEEZED else tensor
+        tensor = tensor[(None,) * UNSQUEEZED[key]] if key in UNSQUEEZED else tensor
         theirs[key] = tensor.t().contiguous() if key in TRANSPOSED else tensor
     return theirs
 

@@ -10,6 +10,7 @@ from modeling_mlip import MLIPConfig
 from modeling_mlip.configuration_mlip import repair_eos_token_id
 
 from .open_clip_configurations import towers
+from .timm_towers import DEFAULTS
 
 # Keys of transformers' CLIP that change the mathematics.
 CLIP_TEXT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -18,6 +19,18 @@ CLIP_TEXT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 CLIP_VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
                "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout", "projection_dim",
                "num_channels")  # fmt: skip
+
+# Parts of timm's towers that neither CLIP nor SigLIP of transformers has.
+TIMM_PARTS = (
+    ("rotary_grid_size", "rotary positions"),
+    ("use_gated_mlp", "a gated MLP"),
+    ("use_sub_layernorm", "LayerNorms before the output projections"),
+    ("use_residual_post_norm", "LayerNorms after attention and MLP"),
+    ("use_key_bias", "attention keys without a bias"),
+    ("visual_projection_bias", "a bias of the image projection"),
+    ("pooling_num_heads", "another number of heads in the pooling head"),
+    ("pooling_intermediate_size", "another width of the MLP in the pooling head"),
+)
 
 
 def mlip_config_of_clip(config: CLIPConfig) -> dict[str, Any]:
@@ -42,8 +55,12 @@ def clip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
             ("an image tower without class token", not vision.use_class_token),
             ("an image tower without projection", not vision.use_visual_projection),
             ("an image tower without pre-LayerNorm", not vision.use_pre_layernorm),
+            *((what, getattr(vision, key) != getattr(DEFAULTS, key)) for key, what in TIMM_PARTS),
+            ("a patch bias", vision.has_patch_bias and vision.use_class_token),
             ("LayerScale", vision.layer_scale_init_value is not None or text.layer_scale_init_value is not None),
-            ("pooling at the last text token", text.pooling != "eos"),
+            ("an encoder of transformers as text tower", text.encoder_config is not None),
+            ("pooling at the last text token", text.pooling == "last"),
+            ("a class token of the text tower", text.pooling == "class"),
             ("a non-causal text tower", not text.use_causal_mask),
             ("a text projection with bias, or none", text.text_projection_bias or not text.use_text_projection),
             ("a logit bias", config.instance_loss == "sigmoid"),
@@ -78,6 +95,7 @@ SIGLIP_VISION_KEYS = (
     ("layer_scale_init_value", None, "LayerScale"),
 )
 SIGLIP_TEXT_KEYS = (
+    ("encoder_config", None, "an encoder of transformers as text tower"),
     ("pooling", "last", "text pooling at EOS"),
     ("use_causal_mask", False, "a causal text tower"),
     ("use_text_projection", True, "a text tower without a projection"),
@@ -137,6 +155,9 @@ def siglip_of_mlip_config(config: MLIPConfig) -> dict[str, Any]:
         for key, value, other in keys
         if getattr(tower, key) != value
     ]
+    obstacles += [what for key, what in TIMM_PARTS if getattr(vision, key) != getattr(DEFAULTS, key)]
+    if not (vision.has_patch_bias or vision.use_class_token):
+        obstacles.append("patch embeddings without a bias")
     if obstacles:
         listed = "; ".join(dict.fromkeys(obstacles))
         raise ValueError(f"transformers' SiglipModel does not have {listed}: export with --to open_clip or --to clip.")

@@ -12,21 +12,22 @@ from .items import stable_hash
 
 def tokenize(
     tokenizer: CLIPTokenizer, captions: list[str], max_seq_length: int
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokenize T captions.
 
     A caption of more than `max_seq_length` tokens loses its last tokens before EOS; BOS and EOS stay.
 
     Returns:
-        input_ids and attention_mask, int64 (T, L), padded to the longest caption, and the number of shortened captions.
+        input_ids and attention_mask, int64 (T, L), padded to the longest caption; and the number of tokens of each
+        caption before it is shortened, int64 (T,).
     """
     encoded = tokenizer(captions, verbose=False)["input_ids"]
-    num_truncated = sum(len(ids) > max_seq_length for ids in encoded)
+    lengths = torch.tensor([len(ids) for ids in encoded])
     encoded = [ids if len(ids) <= max_seq_length else ids[: max_seq_length - 1] + ids[-1:] for ids in encoded]
     L = max(len(ids) for ids in encoded)
     input_ids = torch.tensor([ids + [tokenizer.pad_token_id] * (L - len(ids)) for ids in encoded])
     attention_mask = torch.tensor([[1] * len(ids) + [0] * (L - len(ids)) for ids in encoded])
-    return input_ids, attention_mask, num_truncated
+    return input_ids, attention_mask, lengths
 
 
 @dataclass
@@ -35,7 +36,9 @@ class PairCollator:
 
     A batch holds
         pixel_values: float (B, 3, H, W)
-        input_ids, attention_mask: int64 (T, L)
+        input_ids, attention_mask: int64 (T, L), of the long captions if the items have some
+        short_input_ids, short_attention_mask: int64 (T, L'), of the captions, only beside long captions
+        caption_lengths: int64 (T,), tokens of each caption of `input_ids` before it was shortened
         image_ids: int64 (B,), equal for equal images
         names: list of str, the place of each image in the data set
         skipped: list of "place: reason", one for each row that cannot be used
@@ -61,19 +64,26 @@ class PairCollator:
             raise ValueError(
                 f"No pair of a batch of {len(skipped)} can be used: {'; '.join(skipped[:5])}. Repair or remove them."
             )
-        captions = [caption for item in items for caption in item["captions"]]
+        has_long_captions = "long_captions" in items[0]
+        captions = [text for item in items for text in item["captions"]]
+        texts = [text for item in items for text in item["long_captions"]] if has_long_captions else captions
         items = self.rows(items)
-        input_ids, attention_mask, num_truncated = tokenize(self.tokenizer, captions, self.max_seq_length)
-        return {
+        input_ids, attention_mask, lengths = tokenize(self.tokenizer, texts, self.max_seq_length)
+        batch = {
             "pixel_values": torch.stack([item["pixel_values"] for item in items]),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
+            "caption_lengths": lengths,
             "image_ids": torch.tensor([stable_hash(item["image_id"]) for item in items]),
             "names": [item["where"] for item in items],
             "skipped": skipped,
-            "num_truncated": num_truncated,
+            "num_truncated": int((lengths > self.max_seq_length).sum()),
             **({"position": {position[0]: position[1:]}} if position else {}),
         }
+        if has_long_captions:
+            input_ids, attention_mask, _ = tokenize(self.tokenizer, captions, self.max_seq_length)
+            batch |= {"short_input_ids": input_ids, "short_attention_mask": attention_mask}
+        return batch
 
     def rows(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the item of each image of the batch."""

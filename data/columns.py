@@ -73,15 +73,20 @@ def find_image_column(dataset: Dataset | IterableDataset, image_column: str | No
     return usable[0]
 
 
-def find_caption_column(dataset: Dataset | IterableDataset, caption_column: str | None = None) -> str | None:
+def find_caption_column(
+    dataset: Dataset | IterableDataset, caption_column: str | None = None, parameter: str = "caption_column"
+) -> str | None:
     """Return the name of the caption column, or None if none has a usual name.
+
+    Args:
+        parameter: what messages call `caption_column`.
 
     Raises:
         ValueError: if `caption_column` is not a column, or the column does not hold text.
     """
     columns = list_columns(dataset)
     if caption_column is not None:
-        _check_name(dataset, "caption_column", caption_column, columns)
+        _check_name(dataset, parameter, caption_column, columns)
         candidates = [caption_column]
     else:
         candidates = _usual_columns(CAPTION_COLUMNS, columns)
@@ -90,7 +95,7 @@ def find_caption_column(dataset: Dataset | IterableDataset, caption_column: str 
     if not _holds_text(columns[candidates[0]]):
         raise ValueError(
             f"The caption column {candidates[0]} holds {_describe(columns[candidates[0]])}: choose one of strings or "
-            "lists of strings with caption_column=NAME."
+            f"lists of strings with {parameter}=NAME."
         )
     return candidates[0]
 

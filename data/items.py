@@ -18,7 +18,7 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image, UnidentifiedImageError
 from transformers import CLIPProcessor
 
-from .columns import find_columns, get_cell, read_captions
+from .columns import find_caption_column, find_columns, get_cell, read_captions
 from .images import augmentation, convert_to_rgb, image_transform, read_image
 
 SHUFFLE_BUFFER = 1000  # rows of a stream, with their images still encoded
@@ -74,8 +74,9 @@ class _Pairs:
     """Turns rows into items; the base class of the two data sets below.
 
     An item is {"pixel_values": float (3, H, W), "captions": list of str, "image_id": str, "where": str}. In training
-    "captions" holds those that the policy takes, in evaluation all of them. "image_id" is equal for equal images. A row
-    that cannot be used gives {"where": str, "error": str} instead.
+    "captions" holds those that the policy takes, in evaluation all of them. "image_id" is equal for equal images. With
+    a column of long captions, "long_captions" holds one for each of "captions". A row that cannot be used gives
+    {"where": str, "error": str} instead.
 
     Args:
         dataset: the rows.
@@ -86,6 +87,8 @@ class _Pairs:
         seed: seed of all random choices.
         augmentation: changes an RGB PIL image at random; None for no augmentation.
         caption_policy: which captions training takes: "first", one at "random" in each epoch, or "all".
+        long_caption_column: name of a second column of captions, as `find_caption_column` returns it. A row without a
+            long caption cannot be used.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class _Pairs:
         seed: int,
         augmentation: Callable[[Image.Image], Any] | None = None,
         caption_policy: str = "random",
+        long_caption_column: str | None = None,
     ):
         if caption_policy not in CAPTION_POLICIES:
             raise ValueError(f"caption_policy={caption_policy!r}: choose one of {', '.join(CAPTION_POLICIES)}.")
@@ -109,6 +113,7 @@ class _Pairs:
         self.seed = seed
         self.augmentation = augmentation
         self.caption_policy = caption_policy
+        self.long_caption_column = long_caption_column
         # In shared memory, so that persistent workers see each new epoch, however they were started.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -124,10 +129,15 @@ class _Pairs:
             key: what the random choices depend on, besides the seed and the epoch; the image's id if None.
         """
         value = row[self.image_column]
+        long_captions = []
         try:
             captions = read_captions(get_cell(row, self.caption_column))
             if not captions:
                 raise ValueError("the caption is empty")
+            if self.long_caption_column is not None:
+                long_captions = read_captions(get_cell(row, self.long_caption_column))
+                if not long_captions:
+                    raise ValueError("the long caption is empty")
             image, image_id = read_image_cell(value)
         except Exception as error:
             path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
@@ -140,9 +150,18 @@ class _Pairs:
                 torch.default_generator.manual_seed(stable_hash(f"{self.seed} {epoch} {key or image_id}"))
                 chosen = int(torch.randint(len(captions), ()))
                 captions = {"first": captions[:1], "random": [captions[chosen]], "all": captions}[self.caption_policy]
+                long_captions = self._choose_long_captions(long_captions, len(captions))
                 if self.augmentation is not None:
                     pixels = self.augmentation(image)
-        return {"pixel_values": self.transform(pixels), "captions": captions, "image_id": image_id, "where": where}
+        item = {"pixel_values": self.transform(pixels), "captions": captions, "image_id": image_id, "where": where}
+        return {**item, "long_captions": long_captions} if long_captions else item
+
+    def _choose_long_captions(self, long_captions: list[str], count: int) -> list[str]:
+        """One long caption for each of `count` captions, in order, from one at random on with the policy "random"."""
+        if not long_captions:
+            return []
+        first = int(torch.randint(len(long_captions), ())) if self.caption_policy == "random" else 0
+        return [long_captions[(first + number) % len(long_captions)] for number in range(count)]
 
 
 class PairDataset(_Pairs, torch.utils.data.Dataset):
@@ -153,6 +172,22 @@ class PairDataset(_Pairs, torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.item(self.dataset[index], where=f"row {index}", epoch=int(self._epoch), key=str(index))
+
+
+class KeptPairs(torch.utils.data.Dataset):
+    """The items of a `PairDataset` without random choices. Each is made once and kept in memory."""
+
+    def __init__(self, pairs: PairDataset):
+        self.pairs = pairs
+        self._items: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index not in self._items:
+            self._items[index] = self.pairs[index]
+        return dict(self._items[index])
 
 
 def split_by_process(dataset: IterableDataset, rank: int, world_size: int) -> IterableDataset:
@@ -276,7 +311,9 @@ def build_pairs(
     caption_column: str | None = None,
     augment: bool = True,
     caption_policy: str = "random",
-) -> PairDataset | StreamedPairDataset:
+    long_caption_column: str | None = None,
+    keep_in_memory: bool = False,
+) -> PairDataset | StreamedPairDataset | KeptPairs:
     """Return the items of a split for the trainer or for evaluation.
 
     Args:
@@ -288,13 +325,25 @@ def build_pairs(
         caption_column: name of the caption column; found by its usual names if None.
         augment: whether training augments images.
         caption_policy: which captions training takes: "first", one at "random" in each epoch, or "all".
+        long_caption_column: name of a second column with long captions of the same images, for `ShortCaptionLoss`.
+        keep_in_memory: whether training decodes each image once and keeps its pixel values; it needs a data set with a
+            length, `augment` false and another caption policy than "random".
 
     Raises:
-        ValueError: if there is no image column or no caption column, or the policy is unknown.
+        ValueError: if there is no image column or no caption column, the policy is unknown, or the items cannot be
+            kept in memory.
     """
+    if keep_in_memory and (augment or caption_policy == "random" or not isinstance(rows, Dataset)):
+        raise ValueError(
+            f"keep_in_memory=True with augment={augment}, caption_policy={caption_policy!r} and rows of type "
+            f"{type(rows).__name__}: items that change in each epoch, or come from a stream, cannot be kept; use "
+            "augment=False and caption_policy='first' or 'all', without streaming, or leave it out."
+        )
+    if long_caption_column is not None:
+        find_caption_column(rows, long_caption_column, parameter="long_caption_column")
     kind = PairDataset if isinstance(rows, Dataset) else StreamedPairDataset
     image_size = processor.image_processor.crop_size["height"]
-    return kind(
+    pairs = kind(
         rows,
         *find_columns(rows, image_column, caption_column),
         transform=image_transform(processor.image_processor),
@@ -302,4 +351,6 @@ def build_pairs(
         seed=seed,
         augmentation=augmentation(image_size) if training and augment else None,
         caption_policy=caption_policy,
+        long_caption_column=long_caption_column,
     )
+    return KeptPairs(pairs) if keep_in_memory and training and isinstance(pairs, PairDataset) else pairs

@@ -10,6 +10,9 @@ split contains each pair of values of two of these attributes.
 """
 
 import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
@@ -84,47 +87,65 @@ def shapes_dataset(
         raise ValueError(
             f"image_size={image_size}: choose at least 64, because smaller images cannot show the fine stripes."
         )
+    return draw_splits(SHAPES, num_train, num_validation, image_size, seed)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What a data set varies besides shape, colour and texture.
+
+    Args:
+        attributes: two further attributes by name, with their values.
+        wordings: full captions, with the name of each attribute in braces.
+        draw: images (B, S, S, 3) from the indices of shape, colour, texture and both attributes, each (B,), the image
+            size S and a random generator.
+    """
+
+    attributes: dict[str, tuple[str, ...]]
+    wordings: tuple[str, ...]
+    draw: Callable[..., np.ndarray]
+
+
+def draw_splits(scenes: Scenes, num_train: int, num_validation: int, image_size: int, seed: int) -> DatasetDict:
+    """Draw the train and the validation split; see `shapes_dataset`."""
     grid = np.meshgrid(*(np.arange(len(ATTRIBUTES[name])) for name in ATTRIBUTES), indexing="ij")
     combinations = np.stack(grid, axis=-1).reshape(-1, 3)
     unseen = held_out(*combinations.T)
     rng = np.random.default_rng(seed)
     return DatasetDict(
-        train=_split(num_train, combinations[~unseen], image_size, rng, short_share=SHORT_SHARE),
-        validation=_split(num_validation, combinations[unseen], image_size, rng, short_share=0.0),
+        train=_split(scenes, num_train, combinations[~unseen], image_size, rng, short_share=SHORT_SHARE),
+        validation=_split(scenes, num_validation, combinations[unseen], image_size, rng, short_share=0.0),
     )
 
 
 def _split(
-    num: int, combinations: np.ndarray, image_size: int, rng: np.random.Generator, short_share: float
+    scenes: Scenes, num: int, combinations: np.ndarray, image_size: int, rng: np.random.Generator, short_share: float
 ) -> Dataset:
     # All scenes in random order, then all of them in another order, and so on.
-    scenes = len(combinations) * len(SIZES) * len(PLACES)
-    rounds = [rng.permutation(scenes) for _ in range(-(-num // scenes))]
+    values = {**ATTRIBUTES, **scenes.attributes}
+    sizes = (len(combinations), *map(len, scenes.attributes.values()))
+    num_scenes = math.prod(sizes)
+    rounds = [rng.permutation(num_scenes) for _ in range(-(-num // num_scenes))]
     scene = np.concatenate([*rounds, np.zeros(0, int)])[:num]
-    combination, size, place = np.unravel_index(scene, (len(combinations), len(SIZES), len(PLACES)))
-    shape, colour, texture = combinations[combination].T
+    combination, *others = np.unravel_index(scene, sizes)
+    indices = dict(zip(values, [*combinations[combination].T, *others], strict=True))
     short = rng.random(num) < short_share
     wording = rng.integers(3, size=num)
 
     captions = [
-        (SHORT_WORDINGS if short[i] else FULL_WORDINGS)[wording[i]].format(
-            shape=ATTRIBUTES["shape"][shape[i]],
-            colour=ATTRIBUTES["colour"][colour[i]],
-            texture=ATTRIBUTES["texture"][texture[i]],
-            size=SIZES[size[i]],
-            place=PLACES[place[i]],
+        (SHORT_WORDINGS if short[i] else scenes.wordings)[wording[i]].format(
+            **{name: values[name][index[i]] for name, index in indices.items()}
         )
         for i in range(num)
     ]
     images = []
     for start in range(0, num, 256):
-        part = slice(start, start + 256)
-        pixels = draw(shape[part], colour[part], texture[part], size[part], place[part], image_size, rng)
-        images += [{"bytes": _png(image), "path": None} for image in pixels]
+        part = [index[start : start + 256] for index in indices.values()]
+        images += [{"bytes": _png(image), "path": None} for image in scenes.draw(*part, image_size, rng)]
 
     features = {"image": Image(), "caption": Value("string")}
-    features |= {name: ClassLabel(names=list(values)) for name, values in ATTRIBUTES.items()}
-    columns = {"image": images, "caption": captions, "shape": shape, "colour": colour, "texture": texture}
+    features |= {name: ClassLabel(names=list(names)) for name, names in ATTRIBUTES.items()}
+    columns = {"image": images, "caption": captions} | {name: indices[name] for name in ATTRIBUTES}
     return Dataset.from_dict(columns, features=Features(features))
 
 
@@ -138,16 +159,44 @@ def draw(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Draw B images, uint8 (B, S, S, 3), from indices (B,) into the tables at the top of this file."""
+    row, column = np.divmod(place, 3)
+    offsets = 0.21 * (np.stack([column, row], axis=-1) - 1)
+    return draw_shapes(shape, colour, PERIODS[texture], RADII[size], offsets, (0.2, 0.9), image_size, rng)
+
+
+def draw_shapes(
+    shape: np.ndarray,
+    colour: np.ndarray,
+    periods: np.ndarray,
+    radii: np.ndarray,
+    offsets: np.ndarray,
+    greys: tuple[float, float],
+    image_size: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Draw B striped shapes on grey backgrounds.
+
+    Args:
+        shape, colour: (B,), indices into `ATTRIBUTES`.
+        periods: (B,), of the stripes. All lengths are fractions of the image side.
+        radii: (B, 2), smallest and largest radius.
+        offsets: (B, 2), to the right and down, from the centre of the image to that of the shape.
+        greys: darkest and lightest background, from 0 to 1.
+        image_size: side S in pixels.
+
+    Returns:
+        uint8 (B, S, S, 3).
+    """
     B, S = len(shape), image_size
 
     def uniform(low, high) -> np.ndarray:
         return rng.uniform(low, high, B).astype(np.float32)[:, None, None]
 
     axis = (np.arange(S, dtype=np.float32) + 0.5) / S
-    radius = uniform(*RADII[size].T)
-    row, column = np.divmod(place, 3)
-    x = axis - uniform(0.47, 0.53) - 0.21 * (column - 1).astype(np.float32)[:, None, None]  # (B, 1, S)
-    y = axis[:, None] - uniform(0.47, 0.53) - 0.21 * (row - 1).astype(np.float32)[:, None, None]  # (B, S, 1)
+    radius = uniform(*radii.T)
+    right, down = offsets.astype(np.float32).T[..., None, None]  # (B, 1, 1) each
+    x = axis - uniform(0.47, 0.53) - right  # (B, 1, S)
+    y = axis[:, None] - uniform(0.47, 0.53) - down  # (B, S, 1)
 
     turn = uniform(-0.2, 0.2)
     u = (x * np.cos(turn) + y * np.sin(turn)) / radius  # (B, S, S)
@@ -159,16 +208,19 @@ def draw(
 
     direction, phase = uniform(0, np.pi), uniform(0, 2 * np.pi)
     distance = x * np.cos(direction) + y * np.sin(direction)
-    wave = np.sin(2 * np.pi * distance / PERIODS[texture][:, None, None] + phase)
+    wave = np.sin(2 * np.pi * distance / periods[:, None, None] + phase)
     area = inside.sum(axis=(1, 2), keepdims=True)
     wave -= (wave * inside).sum(axis=(1, 2), keepdims=True) / area
     wave /= np.sqrt((wave**2 * inside).sum(axis=(1, 2), keepdims=True) / area)
 
     striped = COLOURS[colour][:, None, None, :] + STRIPE_CONTRAST * wave[..., None]
-    grey = uniform(0.2, 0.9)[..., None]
+    grey = uniform(*greys)[..., None]
     pixels = np.where(inside[..., None], striped, grey)
     pixels += NOISE * rng.standard_normal(pixels.shape, dtype=np.float32)
     return (pixels * 255 + 0.5).clip(0, 255).astype(np.uint8)
+
+
+SHAPES = Scenes({"size": SIZES, "place": PLACES}, FULL_WORDINGS, draw)
 
 
 # Whether points (u, v) lie inside a shape of radius 1; v points down.

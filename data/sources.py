@@ -24,6 +24,7 @@ from .file_readers import (
     readable,
     with_absolute_paths,
 )
+from .framed_shapes import framed_shapes_dataset
 from .shapes import shapes_dataset
 from .source_files import expand_pattern, list_files, report_left_out, split_files
 
@@ -71,7 +72,7 @@ def load_splits(
     in a folder of tables to that folder.
 
     Args:
-        dataset_name: an id on the Hub, a local folder, or "shapes".
+        dataset_name: an id on the Hub, a local folder, "shapes" or "framed-shapes".
         dataset_config_name: the configuration of that data set.
         data_dir: a folder of tar shards, of images with metadata files, of tables, or written by `save_to_disk`; or of
             images alone, whose folders are their classes.
@@ -152,13 +153,13 @@ def _choose_splits(
 
 
 def _load_name(options: ReadOptions, name: str, config_name: str | None) -> dict[str, Dataset | IterableDataset]:
-    if name == "shapes":
-        drawn = shapes_dataset()
+    if name in ("shapes", "framed-shapes"):
+        drawn = shapes_dataset() if name == "shapes" else framed_shapes_dataset()
         return {split: rows.to_iterable_dataset() if options.streaming else rows for split, rows in drawn.items()}
     source, folder = f"dataset_name={name}", Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise FileNotFoundError(f"{source}: no such folder; give a folder, a Hub id or 'shapes'.")
+            raise FileNotFoundError(f"{source}: no such folder; give a folder, a Hub id, 'shapes' or 'framed-shapes'.")
         return load_with_datasets(source, name, options.streaming, name=config_name)
     if config_name is None and not _describes_itself(folder):
         return _load_folder(options, source, folder)
@@ -289,7 +290,7 @@ def _load_pattern(options: ReadOptions, parameter: str, pattern: str) -> Dataset
         raise FileNotFoundError(f"{source}: no such file.")
     folders = [path for path in paths if path.is_dir()]
     if folders:
-        raise ValueError(f"{source}: {folders[0]} is a folder; give its files, or the folder as data_dir.")
+        raise ValueError(f"{source}: {folders[0]} is a folder; give its files, or the folder with data_dir=FOLDER.")
     extensions = _extensions(paths)
     if len(extensions) > 1 or extensions[0] not in EXTENSIONS:
         raise ValueError(f"{source}: got {', '.join(extensions)} files; give one kind of {', '.join(EXTENSIONS)}.")

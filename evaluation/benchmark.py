@@ -188,7 +188,7 @@ def measure_accuracies(
         tasks.append(ZeroShot(templates=zero_shot.templates))
     elif zero_shot.templates:
         raise ValueError(
-            f"templates={zero_shot.templates} has no effect: choose the columns to classify by with label_columns."
+            f"templates={zero_shot.templates} has no effect: choose the columns to classify by with label_columns=NAME."
         )
     return [measure_accuracy(group, splits, tasks, data_args, label_args) for group in groups]
 
@@ -356,7 +356,11 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
     for row in rows:
         cost, results = row.cost, row.results
         shown = [main_result(results)] if results else []
-        shown += [result for result in results if result.k == 1 and result not in shown]
+        shown += [
+            result
+            for result in results
+            if result.k == 1 and result not in shown and "caption_length" not in result.setting
+        ]
         table.append(
             {"method": row.method, "ratio": "" if row.merge_ratio is None else f"{row.merge_ratio:g}"}
             | {f"{result.title} (%)": result.value for result in shown}

@@ -91,6 +91,7 @@ class EncodedPairs:
         text_embeds: (T, D) float32 on the CPU, normalised; T = 0 for images without captions.
         caption_image: (T,) long, the index of each caption's image.
         caption_ids: (T,) long, equal for captions with equal tokens.
+        caption_lengths: (T,) long, tokens of each caption before it was shortened to the context.
         image_rows: (I,) long, the row of each image in the data set; skipped rows are counted too.
         skipped: the rows that could not be used, as "where: why".
         num_truncated: number of captions longer than the context.
@@ -102,6 +103,7 @@ class EncodedPairs:
     text_embeds: Tensor
     caption_image: Tensor
     caption_ids: Tensor
+    caption_lengths: Tensor
     image_rows: Tensor
     skipped: list[str]
     num_truncated: int
@@ -180,6 +182,7 @@ class _Encoding:
         self.text_embeds: list[Tensor] = []
         self.caption_image: list[Tensor] = []
         self.caption_ids: list[int] = []
+        self.caption_lengths: list[Tensor] = []
         self.image_rows: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.skipped: list[str] = []
@@ -206,6 +209,7 @@ class _Encoding:
         if "input_ids" in batch:
             self._add_captions(batch["input_ids"], batch["attention_mask"], batch_size, has_new_images=bool(new))
             self.caption_image.append(image_of_row[batch["caption_image"].cpu()])
+            self.caption_lengths.append(batch["caption_lengths"].cpu())
 
     def _register_images(self, batch: dict[str, Any], rows: Tensor) -> tuple[Tensor, list[int]]:
         """The image index of each row of the batch `(B,)`, and the places of images that did not occur before."""
@@ -268,6 +272,7 @@ class _Encoding:
                 else embeds[0].new_empty(0, embeds[0].shape[1]),
                 caption_image=torch.cat(self.caption_image) if self.caption_image else no_index,
                 caption_ids=torch.tensor(self.caption_ids, dtype=torch.long),
+                caption_lengths=torch.cat(self.caption_lengths) if self.caption_lengths else no_index,
                 image_rows=torch.cat(self.image_rows),
                 skipped=self.skipped,
                 num_truncated=self.num_truncated,

@@ -116,7 +116,7 @@ def choose_split(dataset: Rows | Mapping[str, Rows], split: str | None = None) -
     name = split or (usual[0] if usual else None)
     if name not in splits:
         asked = f"split={split!r}: no such split" if split else "No split has a usual name"
-        raise ValueError(f"{asked}; the data set has {', '.join(map(repr, splits))}: choose one with split.")
+        raise ValueError(f"{asked}; the data set has {', '.join(map(repr, splits))}: choose one with split=NAME.")
     return name, splits
 
 
@@ -201,7 +201,7 @@ def _find_classes(
 ) -> list[Classes]:
     """The classes of each label column; none if labels are not read."""
     if with_labels and with_captions and not label_columns:
-        raise ValueError("Class labels beside captions: choose their columns with label_columns.")
+        raise ValueError("Class labels beside captions: choose their columns with label_columns=NAME.")
     if label_columns and not with_labels:
         raise ValueError(
             f"label_columns={list(label_columns)}: none of the tasks reads class labels; add one that does, such as "
@@ -215,7 +215,7 @@ def _find_classes(
     if class_names is not None and len(columns) != 1:
         raise ValueError(
             f"class_names names the classes of one column, and {len(columns)} are classified "
-            f"({', '.join(columns) or 'no label is read'}); choose one with label_columns."
+            f"({', '.join(columns) or 'no label is read'}); choose one with label_columns=NAME."
         )
     return [read_classes(splits, column, class_names) for column in columns]
 

@@ -35,7 +35,7 @@ def find_label_columns(dataset: Dataset | IterableDataset, label_columns: Sequen
     if not names:
         raise ValueError(
             f"No column of class labels with a usual name or a ClassLabel feature: {listed}; choose one with "
-            "label_columns, or a column of captions with caption_column."
+            "label_columns=NAME, or a column of captions with caption_column=NAME."
         )
     return names
 
@@ -89,7 +89,7 @@ def read_classes(
     if len(classes.names) < 2:
         raise ValueError(
             f"{column} has {len(classes.names)} class(es) ({', '.join(classes.names)}), and classification needs two "
-            "or more; name all classes with class_names."
+            "or more; name all classes with class_names=NAMES."
         )
     return classes
 
@@ -116,8 +116,8 @@ def _read_classes(
     if not tables:
         if class_names is None:
             raise ValueError(
-                f"The classes of {column} are not known before a stream is read; give them with class_names, or do not "
-                "stream."
+                f"The classes of {column} are not known before a stream is read; give them with class_names=NAMES, or "
+                "do not stream."
             )
         return Classes(column, list(class_names), _index_of(class_names))
     if not isinstance(feature, datasets.Value):
@@ -125,7 +125,9 @@ def _read_classes(
     values = {value for rows in tables for value in rows.unique(column)} - {None}
     if all(isinstance(value, int) for value in values):
         if class_names is None:
-            raise ValueError(f"{column} holds numbers without names; give the names from class 0 on with class_names.")
+            raise ValueError(
+                f"{column} holds numbers without names; give the names from class 0 on with class_names=NAMES."
+            )
         return Classes(column, list(class_names), {n: n for n in range(len(class_names))})
     if not all(isinstance(value, str) for value in values):
         kinds = sorted({type(value).__name__ for value in values})

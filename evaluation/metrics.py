@@ -16,6 +16,9 @@ ACCURACY_AT = (1, 5)
 TIE = 1e-6  # cosines closer than this count as equal: their last digits depend on the batch size
 MAX_SCORES = 2**24  # scores held in memory at once
 MISS = 2**31  # rank of a right key whose score is NaN
+# Groups of captions by their length in tokens, BOS and EOS included: name -> shortest and longest. CLIP uses about the
+# first 20 tokens of a caption (Zhang et al. 2024, arXiv 2403.15378), and its context has 77.
+LENGTH_GROUPS = {"up_to_20_tokens": (0, 20), "21_to_77_tokens": (21, 77), "above_77_tokens": (78, 2**31)}
 
 
 # (q,) queries and the (q, K) candidate keys of each -> (q, K) scores that order these anew
@@ -96,6 +99,7 @@ def retrieval_metrics(
     caption_ids: Tensor | None = None,
     top: int = 0,
     rescore: tuple[Rescore, Rescore] | None = None,
+    caption_lengths: Tensor | None = None,
 ) -> dict[str, float]:
     """Recall@1, @5 and @10 in both directions, in percent.
 
@@ -110,9 +114,12 @@ def retrieval_metrics(
         caption_ids: (T,) long, equal for equal captions; without it all captions count as different.
         top: number of candidates that `rescore` ranks again.
         rescore: two functions that return new scores of candidates: captions for images, then images for captions.
+        caption_lengths: (T,) long, tokens of each caption.
 
     Returns:
-        `image_to_text_recall@k` and `text_to_image_recall@k`, and `mean_recall`, the mean of the six.
+        `image_to_text_recall@k` and `text_to_image_recall@k`, and `mean_recall`, the mean of the six. With
+        `caption_lengths` also `text_to_image_{group}_recall@k`, the recall of the captions of each of `LENGTH_GROUPS`
+        among all images, if at least two groups have captions.
 
     Raises:
         ValueError: without a caption, or if `caption_image` does not fit the embeddings.
@@ -145,7 +152,29 @@ def retrieval_metrics(
     metrics = {
         f"{direction}_recall@{k}": percent_within(ranks[direction], k) for direction in DIRECTIONS for k in RECALL_AT
     }
-    return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics)}
+    by_length = {} if caption_lengths is None else recall_by_length(ranks["text_to_image"], caption_lengths)
+    return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics), **by_length}
+
+
+def recall_by_length(ranks: Tensor, caption_lengths: Tensor) -> dict[str, float]:
+    """Recall from text to image for captions of each of `LENGTH_GROUPS`; empty if one group has all captions.
+
+    Args:
+        ranks: (T,) long, of the captions.
+        caption_lengths: (T,) long, in tokens.
+    """
+    members = {
+        name: (caption_lengths >= shortest) & (caption_lengths <= longest)
+        for name, (shortest, longest) in LENGTH_GROUPS.items()
+    }
+    members = {name: inside for name, inside in members.items() if inside.any()}
+    if len(members) < 2:
+        return {}
+    return {
+        f"text_to_image_{name}_recall@{k}": percent_within(ranks[inside], k)
+        for name, inside in members.items()
+        for k in RECALL_AT
+    }
 
 
 def _check_caption_image(num_images: int, num_captions: int, caption_image: Tensor) -> None:

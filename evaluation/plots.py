@@ -3,7 +3,7 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,33 @@ def _draw_quartiles(axes: Axes, line: Sequence[ParetoPoint], color: str) -> None
         [point.images_per_second_high - point.images_per_second for point in line],
     ]
     axes.errorbar(x, y, xerr=spread, fmt="none", ecolor=color, alpha=0.5, capsize=2, zorder=1)
+
+
+def plot_interpolation(
+    accuracies: Mapping[float, tuple[float, float]], chosen: float, names: Sequence[str], path: str | Path
+) -> None:
+    """Draws accuracy on new data over accuracy on old data as a PNG: a line through the interpolated weights.
+
+    Args:
+        accuracies: alpha -> accuracy on the new data, accuracy on the old data, in percent.
+        chosen: the alpha that is marked.
+        names: of the new and of the old data.
+    """
+    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
+    axes = figure.subplots()
+    new, old = zip(*accuracies.values(), strict=True)
+    axes.plot(old, new, marker="o", color="C0")
+    axes.plot(*reversed(accuracies[chosen]), marker="*", markersize=16, color="C1", label=f"chosen: alpha {chosen:g}")
+    for alpha, (new_accuracy, old_accuracy) in accuracies.items():
+        axes.annotate(f"{alpha:g}", (old_accuracy, new_accuracy), xytext=(6, 6), textcoords="offset points")
+    axes.set_xlabel(f"mean recall on {names[1]} (old data, %)", parse_math=False)
+    axes.set_ylabel(f"mean recall on {names[0]} (new data, %)", parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.margins(0.12)
+    axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, buffer.getvalue())
 
 
 def plot_retrieved_images(

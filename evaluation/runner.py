@@ -132,7 +132,8 @@ def prepare_tasks(
     name, splits = choose_split(dataset, options.get("split"))
     _check_captions(splits[name or ""], tasks, options.get("caption_column"))
     if not options.get("label_columns") and any(task.needs_captions for task in tasks):
-        _refuse_tasks([task for task in tasks if task.needs_labels], "choose the columns of labels with label_columns")
+        next_step = "choose the columns of labels with label_columns=NAME"
+        _refuse_tasks([task for task in tasks if task.needs_labels], next_step)
     split = prepare_split(
         encoder,
         dataset,
@@ -155,7 +156,7 @@ def _check_captions(rows: Rows, tasks: Sequence[Task], caption_column: str | Non
     if names and find_caption_column(rows, caption_column) is None:
         raise ValueError(
             f"{' and '.join(names)}: no column of captions has a usual name; the columns are "
-            f"{', '.join(rows.features or next(iter(rows), {}))}. Choose one with caption_column, or another task."
+            f"{', '.join(rows.features or next(iter(rows), {}))}. Choose one with caption_column=NAME, or another task."
         )
 
 

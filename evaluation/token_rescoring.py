@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from modeling_mlip import MLIPModel
-from modeling_mlip.losses import TokenEmbeddings, temperature, token_scores
+from modeling_mlip.losses import temperature
+from modeling_mlip.token_similarity import TokenEmbeddings, token_scores
 
 from .embedding import EncodedPairs
 from .metrics import Rescore

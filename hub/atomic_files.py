@@ -87,7 +87,7 @@ def check_target(target: str | Path, overwrite: bool = False) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise FileExistsError(f"{target} exists: choose another folder, or set overwrite to replace it.")
+        raise FileExistsError(f"{target} exists: choose another folder, or set overwrite=True to replace it.")
     if not target.is_dir() or (any(target.iterdir()) and not any((target / name).is_file() for name in MODEL_FILES)):
         raise FileExistsError(
             f"{target} exists and is not a model folder, so it is not overwritten: choose another folder."

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from mlip_command import DEBUG_FLAG, ENTRY_POINT_GROUP, print_usage
 
-from .errors import error_line, is_user_error
+from .errors import error_line, is_user_error, with_flags
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        message = error_line(error) if is_user_error(error) else _describe_bug(error)
+        message = with_flags(error_line(error)) if is_user_error(error) else _describe_bug(error)
         # The line break ends the line of a progress bar.
         print(f"\nmlip {name}: error: {message}", file=sys.stderr)
         return 1

@@ -17,7 +17,16 @@ START_CLASSES = {kind.model_type: kind for kind in (MLIPConfig, CLIPConfig)}
 
 # name -> (vision keys, text keys, projection_dim). The sizes are those of OpenCLIP's models of these names. `tiny` is
 # for training on a CPU: it merges in its first layer, where merging saves most, and its frequency stage has one layer.
+# `nano` is the model of the demo.
 NAMED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "nano": (
+        dict(
+            **dict(image_size=48, patch_size=16, hidden_size=96, num_hidden_layers=4, num_attention_heads=3),
+            **dict(merge_layers=[0], frequency_layers=1),
+        ),
+        dict(hidden_size=96, num_hidden_layers=1, num_attention_heads=3, max_position_embeddings=24),
+        96,
+    ),
     "tiny": (
         dict(
             **dict(image_size=64, patch_size=8, hidden_size=192, num_hidden_layers=6, num_attention_heads=3),

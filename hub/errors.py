@@ -1,6 +1,7 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Error messages for users: which errors a user can act on, and how each becomes one line."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,15 @@ def error_line(error: BaseException) -> str:
     message = str(error).strip() or type(error).__name__
     # Messages of libraries about files, the network or packages span several lines.
     return " ".join(message.split()) if isinstance(error, (OSError, ImportError, RuntimeError)) else message
+
+
+def with_flags(message: str) -> str:
+    """The message of a library function for the command line: the parameters that it asks for become flags.
+
+    `overwrite=True` becomes `--overwrite`, and `split=NAME` becomes `--split NAME`.
+    """
+    message = re.sub(r"(?<![\w.-])([a-z]\w*)=True\b", r"--\1", message)
+    return re.sub(r"(?<![\w.-])([a-z]\w*)=([A-Z]+)\b", r"--\1 \2", message)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from modeling_mlip.frequency import resize_spectral_filter
 
 from .configurations import CONFIG_CLASSES, START_CLASSES, saved_config
 from .formatting import format_names
+from .text_context import stretch_text_context
 
 # The keys of MLIPConfig that leave out everything that MLIP adds to CLIP.
 CLIP_ONLY = {"frequency_layers": 0, "frequency_loss_weight": 0, "token_loss_weight": 0}
@@ -32,14 +33,22 @@ def load_pretrained(name_or_path: str, config: MLIPConfig | None = None, **kwarg
 
     Args:
         config: a configuration that differs from the saved one. It may add or leave out parts. With another
-            `image_size`, the position embeddings and spectral filters are interpolated.
+            `image_size`, the position embeddings and spectral filters are interpolated. With a larger
+            `max_position_embeddings`, those of the text tower are stretched by `stretch_text_context`.
         kwargs: for `from_pretrained`.
 
     Raises:
         OSError: if `name_or_path` cannot be read.
         ValueError: if it is another kind of model, or a weight is missing, unexpected, damaged or of another shape than
-            the configuration needs.
+            the configuration needs, or the text tower cannot be stretched.
     """
+    return load_with_new_parameters(name_or_path, config, **kwargs)[0]
+
+
+def load_with_new_parameters(
+    name_or_path: str, config: MLIPConfig | None = None, **kwargs: Any
+) -> tuple[MLIPModel, frozenset[str]]:
+    """`load_pretrained`, and the names of the parameters that the saved model did not contain."""
     saved = saved_config(name_or_path, START_CLASSES)
     if isinstance(saved, CLIPConfig):
         saved = MLIPConfig.from_clip_config(saved, **CLIP_ONLY)
@@ -48,10 +57,17 @@ def load_pretrained(name_or_path: str, config: MLIPConfig | None = None, **kwarg
     image_size = config.vision_config.image_size
     saved_image_size = saved.vision_config.image_size
     loaded_config = config if image_size == saved_image_size else _with_image_size(config, saved_image_size)
+    length, context = config.text_config.max_position_embeddings, saved.text_config.max_position_embeddings
+    if length > context:
+        loaded_config = copy.deepcopy(loaded_config)
+        loaded_config.text_config.max_position_embeddings = context
     model, missing = _load(MLIPModel, name_or_path, saved, loaded_config, **kwargs)
     if "token_visual_projection.weight" in missing:
         model.start_tokens_from_projections()
-    return model if image_size == saved_image_size else resize_model(model, config)
+    if length > context:
+        stretch_text_context(model, length)
+    new_parameters = frozenset(missing & {name for name, _ in model.named_parameters()})
+    return model if image_size == saved_image_size else resize_model(model, config), new_parameters
 
 
 def resize_model(model: MLIPModel, config: MLIPConfig) -> MLIPModel:
@@ -83,11 +99,14 @@ def resize_model(model: MLIPModel, config: MLIPConfig) -> MLIPModel:
     return resized.to(model.device).train(model.training)
 
 
-def load_processor(name_or_path: str | Path, image_size: int | None = None, **kwargs: Any) -> CLIPProcessor:
+def load_processor(
+    name_or_path: str | Path, image_size: int | None = None, context: int | None = None, **kwargs: Any
+) -> CLIPProcessor:
     """Loads the processor of a saved model.
 
     Args:
         image_size: the side of the images in pixels, if it differs from the saved one.
+        context: the longest caption in tokens, if it differs from the saved one.
         kwargs: for `from_pretrained`.
 
     Raises:
@@ -105,6 +124,8 @@ def load_processor(name_or_path: str | Path, image_size: int | None = None, **kw
         size_keys = [key for key, value in dict(images.size).items() if value]
         images.size = type(images.size)(**dict.fromkeys(size_keys, image_size))
         images.crop_size = type(images.crop_size)(height=image_size, width=image_size)
+    if context is not None:
+        processor.tokenizer.model_max_length = context
     return processor
 
 
@@ -153,7 +174,7 @@ def _load(
     if overridden:
         raise ValueError(
             f"{name_or_path}: the changed configuration needs weights of another shape: {format_names(overridden)}; of "
-            "the sizes of a saved model only image_size can be changed."
+            "the sizes of a saved model only image_size can be changed, and max_position_embeddings can grow."
         )
     _refuse(
         name_or_path,

@@ -33,6 +33,7 @@ def write_model_card(
     merge_ratios: Sequence[Result] | None = None,
     measured_on: str | None = None,
     conversion: Mapping[str, Any] | None = None,
+    interpolation: str | None = None,
     name: str | None = None,
 ) -> Path:
     """Writes the README.md of a saved model from the template model_card.md, with the Hub's metadata.
@@ -52,6 +53,7 @@ def write_model_card(
         measured_on: the data of `results`, likewise; `dataset` if not given.
         conversion: for a converted folder: "source" (str), "notes" (list of str) and "reports" (list of str, parity
             reports as text). Only "source" is required.
+        interpolation: for interpolated weights, the text of a section in Markdown.
         name: the name of the model; without it the name of the folder, so give it for a temporary folder.
 
     Returns:
@@ -63,7 +65,7 @@ def write_model_card(
     if merge_ratios:
         plot_merge_ratios(merge_ratios, folder / MERGE_RATIOS_PICTURE)
     dataset_id = _hub_id(dataset)
-    metadata = hub_results(results, _shown_name(measured_on) or "") if measured_on else []
+    metadata = hub_results(results, shown_name(measured_on) or "") if measured_on else []
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag=ZERO_SHOT_TASK,
@@ -78,9 +80,10 @@ def write_model_card(
         card_data,
         template_path=str(MODEL_CARD_TEMPLATE),
         model_name=name,
-        base_model_name=_shown_name(base_model),
-        dataset_name=_shown_name(measured_on),
+        base_model_name=shown_name(base_model),
+        dataset_name=shown_name(measured_on),
         conversion=conversion and _shown_conversion(conversion),
+        interpolation=interpolation,
         curves=curves if curves and (folder / curves).is_file() else None,
         **_config_values(config, trained=bool(training)),
         **_tables(results, training, merge_ratios),
@@ -90,7 +93,7 @@ def write_model_card(
     return path
 
 
-def add_to_model_card(folder: str | Path, results: Sequence[Result], *, dataset: str) -> Path:
+def add_to_model_card(folder: str | Path, results: Sequence[Result], *, dataset: str, name: str | None = None) -> Path:
     """Adds results to the card of a saved model, to its metadata and as a table.
 
     A second evaluation on the same data set, split and merge ratio replaces the first.
@@ -99,6 +102,7 @@ def add_to_model_card(folder: str | Path, results: Sequence[Result], *, dataset:
         folder: the saved model with its README.md.
         results: results with a split.
         dataset: the data set that was evaluated, as in `write_model_card`.
+        name: the name of the model, likewise.
 
     Returns:
         the path of the README.md.
@@ -111,7 +115,7 @@ def add_to_model_card(folder: str | Path, results: Sequence[Result], *, dataset:
             raise ValueError(f"{result.name} has no split: name the split that was evaluated, as evaluate(split=...).")
     path = Path(folder) / "README.md"
     card = ModelCard.load(path)
-    new = hub_results(results, _shown_name(dataset) or dataset)
+    new = hub_results(results, shown_name(dataset) or dataset)
     replaced = {(result.dataset_name, result.dataset_split, result.metric_name) for result in new}
     kept = [
         result
@@ -119,7 +123,7 @@ def add_to_model_card(folder: str | Path, results: Sequence[Result], *, dataset:
         if (result.dataset_name, result.dataset_split, result.metric_name) not in replaced
     ]
     card.data.eval_results = kept + new
-    card.data.model_name = card.data.model_name or Path(folder).resolve().name
+    card.data.model_name = card.data.model_name or name or Path(folder).resolve().name
     rows = [
         {"data set": result.dataset_name, "split": result.dataset_split, "metric": result.metric_name}
         | {"%": result.metric_value}
@@ -225,7 +229,7 @@ def _losses(config: MLIPConfig) -> str:
 def _shown_conversion(conversion: Mapping[str, Any]) -> dict[str, Any]:
     """Source, notes and reports of a conversion, in which a local source is shown by its last part."""
     source = str(conversion["source"])
-    shown = _shown_name(source) or source
+    shown = shown_name(source) or source
 
     def without_path(text: str) -> str:
         text = text.replace(str(Path(source).absolute()), shown)
@@ -253,6 +257,6 @@ def _license(base_model: str | None) -> str | None:
         return None
 
 
-def _shown_name(name: str | None) -> str | None:
+def shown_name(name: str | None) -> str | None:
     """A Hub id as it is; the last part of a path."""
     return _hub_id(name) or (Path(name).resolve().name if name else None)

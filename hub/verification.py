@@ -38,15 +38,20 @@ def verify_folder(folder: str) -> str:
     # Step (1): files that must not be shared
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is no folder; give the folder of a saved model.")
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter without its model: train without --keep_adapter, which merges it, or upload "
+            "the adapter with 'hf upload'."
+        )
     check_files(Path(folder))
-    # Step (2): load here, strictly, and in a clean process
+    # Step (2): load here, strictly
     model = load_saved(folder)
     has_processor = (Path(folder) / without_package.PROCESSOR_CONFIG).is_file()
     ours = without_package.collect_outputs(model, load_processor(folder) if has_processor else None)
-    theirs = _collect_in_clean_process(folder)
-    # Step (3): compare bit for bit
     if names := nonfinite_names(ours):
         raise ValueError(f"{folder}: NaN or infinite values in {format_names(names)}; push a model without them.")
+    # Step (3): load in a clean process, and compare bit for bit
+    theirs = _collect_in_clean_process(folder)
     if names := unequal_names(ours, theirs):
         raise ValueError(
             f"{folder} gives another result where this package is not installed: {format_names(names)}. Its code files "

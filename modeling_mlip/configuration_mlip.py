@@ -20,7 +20,8 @@ if not Version("5.21") <= Version(transformers.__version__) < Version("6"):
     )
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
-from transformers import PreTrainedConfig  # noqa: E402
+from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.configuration_utils import SubConfigSpec  # noqa: E402
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -29,6 +30,8 @@ logger = logging.get_logger(__name__)
 MERGE_METHODS = ("mlip", "tome", "elip", "ward")
 TOKEN_LOSS_TYPES = ("filip", "sparc")
 INSTANCE_LOSSES = ("info_nce", "sigmoid")
+# `model_type` of the encoders of transformers that a text tower may consist of.
+TEXT_ENCODERS = ("roberta", "xlm-roberta", "m2m_100")
 CLIP_VOCABULARY = 49408
 # Vision keys that MLIPConfig also accepts and exposes; the vision config stores them.
 VISION_SHORTCUTS = ("merge_ratio", "merge_layers", "merge_method", "frequency_layers", "frequency_embed_weight")
@@ -74,11 +77,21 @@ class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
     r"""Text tower: CLIP's, with keys that SigLIP and some OpenCLIP checkpoints need.
 
     Args:
+        encoder_config: configuration of an encoder of transformers in place of CLIP's text transformer: RoBERTa,
+            XLM-RoBERTa, or the encoder of M2M-100 (NLLB). `hidden_size`, `num_hidden_layers` and `num_attention_heads`
+            are taken from it; `vocab_size` and the special token ids are those of this configuration.
+            `max_position_embeddings` is the longest caption in tokens.
         pooling: `"eos"` takes the state at the first `eos_token_id`, so that text after it does not count, as in CLIP;
-            `"last"` takes the state at the last position, after padding the ids to `max_position_embeddings` (CLIPA).
+            `"last"` takes the state at the last position, after padding the ids to `max_position_embeddings` (CLIPA);
+            `"class"` appends a learned token to the ids, padded likewise, and takes its state. No token attends to a
+            token that follows a `pad_token_id` (CoCa).
+            With `encoder_config`: `"mean"` takes the mean over the tokens without padding, `"class"` the state at the
+            first position.
         use_causal_mask: `False` lets every token attend to every other one, including padding (CLIPA, SigLIP).
         use_text_projection: `False` takes the pooled state as the embedding, so `hidden_size` must be `projection_dim`.
         text_projection_bias: adds a bias to the projection (SigLIP).
+        text_projection_hidden_size: width of a hidden layer with GELU in the projection, without biases (OpenCLIP's
+            RoBERTa); `None` makes the projection linear.
         layer_scale_init_value: initial value of a learned scale for each channel of both residual branches; `None`
             leaves it out.
 
@@ -88,12 +101,22 @@ class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
     model_type = "mlip_text_model"
     base_config_key = "text_config"
 
+    sub_configs_defaults = {"encoder_config": SubConfigSpec(AutoConfig, model_type=TEXT_ENCODERS[0], optional=True)}
+
+    encoder_config: dict | PreTrainedConfig | None = None
     pooling: str = "eos"
     use_causal_mask: bool = True
     use_text_projection: bool = True
     text_projection_bias: bool = False
+    text_projection_hidden_size: int | None = None
     layer_scale_init_value: float | int | None = None
     initializer_factor: float | int = 1.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if isinstance(self.encoder_config, PreTrainedConfig):
+            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+                setattr(self, name, getattr(self.encoder_config, name))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -101,13 +124,30 @@ class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
         return super().from_dict(repair_eos_token_id(config_dict) if is_clip else config_dict, **kwargs)
 
     def validate_pooling(self):
-        _validate_choice("pooling", self.pooling, ("eos", "last"))
+        if self.encoder_config is None:
+            _validate_choice("pooling", self.pooling, ("eos", "last", "class"))
+            if self.pooling == "class" and not self.use_causal_mask:
+                raise ValueError("use_causal_mask=False: pooling='class' needs a causal text tower; set it to True.")
+        else:
+            _validate_choice("encoder_config.model_type", self.encoder_config.model_type, TEXT_ENCODERS)
+            _validate_choice("pooling", self.pooling, ("mean", "class"))
+            if self.use_causal_mask:
+                raise ValueError(
+                    "use_causal_mask=True: the encoder of encoder_config attends in both directions; set it to False."
+                )
         if not isinstance(self.eos_token_id, int):
             raise ValueError(f"eos_token_id={self.eos_token_id!r}: give the one token id that captions end with.")
         if self.text_projection_bias and not self.use_text_projection:
             raise ValueError(
                 "text_projection_bias=True needs use_text_projection=True; set text_projection_bias=False."
             )
+        if self.text_projection_hidden_size is not None:
+            _validate_at_least(self, 1, "text_projection_hidden_size")
+            if self.text_projection_bias or not self.use_text_projection:
+                raise ValueError(
+                    f"text_projection_hidden_size={self.text_projection_hidden_size} needs use_text_projection=True "
+                    "and text_projection_bias=False; set them, or text_projection_hidden_size=None."
+                )
         _validate_at_least(self, 1, "vocab_size", "max_position_embeddings", "num_hidden_layers")
 
 
@@ -141,12 +181,37 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
             bias, and the importance of a token is the attention that it receives from all tokens.
         pooling: `"class"` takes the class token; `"mean"` takes the mean of the patch tokens, weighted by size (CLIPA);
             `"attention"` takes the output of an attention layer with a learned query and an MLP, which follow the
-            post-LayerNorm and count each token by its size (SigLIP).
+            post-LayerNorm and count each token by its size (SigLIP); `"cross_attention"` takes the output of an
+            attention layer with a learned query of width `projection_dim`, which precedes the post-LayerNorm (CoCa).
         use_pre_layernorm: `False` leaves out the LayerNorm before the encoder (CLIPA, SigLIP).
         use_visual_projection: `False` takes the pooled state as the embedding, as SigLIP does, so `hidden_size` must be
             `projection_dim`.
+        visual_projection_bias: adds a bias to the projection (EVA and Perception Encoder in OpenCLIP).
+        pooling_num_heads: attention heads of `pooling="attention"` and `"cross_attention"`; `None` is
+            `num_attention_heads`.
+        pooling_num_queries: learned queries of `pooling="cross_attention"`. The first one gives the embedding; CoCa's
+            caption decoder, which MLIP does not have, reads the others.
+        pooling_intermediate_size: width of the MLP of `pooling="attention"`; `None` is `intermediate_size`.
         crop_to_patches: `True` admits an `image_size` that is not divisible by `patch_size`: the pixels at the right
             and bottom edge that fill no patch are not used (SigLIP with 384 pixels and patches of 14).
+        use_conv_stem: embeds each patch by three convolutions of strides 4, 2 and `patch_size` / 8 with BatchNorm and
+            `hidden_act` between them, whose kernels do not overlap, and leaves out the position embedding of the class
+            token (MobileCLIP-B).
+        use_patch_bias: adds a bias to the patch embedding; `None` is `not use_class_token`.
+        use_key_bias: `False` leaves out the bias of the attention keys (EVA).
+        use_gated_mlp: multiplies the activation of a second linear map into the MLP; with `hidden_act="silu"` it is
+            SwiGLU (EVA-02).
+        use_sub_layernorm: adds a LayerNorm before the output projections of attention and MLP (EVA-02).
+        use_residual_post_norm: the LayerNorms of a layer follow attention and MLP, within the residual branches,
+            instead of preceding them (EVA-02-E).
+        rotary_grid_size: rotates queries and keys of patches by their positions, with coordinates scaled to a grid of
+            this number of rows and columns, usually that of the pretraining (EVA-02, Perception Encoder); `None` does
+            not rotate. A merged token has the position that `rotary_merged_position` says.
+        rotary_offset: coordinate of the first row and column; 1 in most Perception Encoders.
+        rotary_axes: order of the coordinates over the channels: `"yx"` (EVA-02) or `"xy"` (Perception Encoder).
+        rotary_merged_position: position of a merged token: `"largest"`, the position of the largest of the tokens that
+            merged, the first one of equally large tokens; or `"mean"` of the positions of its patches, which changed
+            embeddings more (docs/method.md).
         layer_scale_init_value: initial value of a learned scale for each channel of both residual branches; `None`
             leaves it out.
 
@@ -169,7 +234,21 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     pooling: str = "class"
     use_pre_layernorm: bool = True
     use_visual_projection: bool = True
+    visual_projection_bias: bool = False
+    pooling_num_heads: int | None = None
+    pooling_intermediate_size: int | None = None
+    pooling_num_queries: int = 256
     crop_to_patches: bool = False
+    use_conv_stem: bool = False
+    use_patch_bias: bool | None = None
+    use_key_bias: bool = True
+    use_gated_mlp: bool = False
+    use_sub_layernorm: bool = False
+    use_residual_post_norm: bool = False
+    rotary_grid_size: int | None = None
+    rotary_offset: float | int = 0.0
+    rotary_axes: str = "yx"
+    rotary_merged_position: str = "largest"
     layer_scale_init_value: float | int | None = None
     initializer_factor: float | int = 1.0
 
@@ -182,6 +261,16 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
     def num_prefix_tokens(self) -> int:
         """K, the number of tokens before the patch tokens: 1, the class token, or 0."""
         return int(self.use_class_token)
+
+    @property
+    def pooled_size(self) -> int:
+        """The width of the pooled state."""
+        return self.projection_dim if self.pooling == "cross_attention" else self.hidden_size
+
+    @property
+    def has_patch_bias(self) -> bool:
+        """Whether the patch embedding has a bias."""
+        return not self.use_class_token if self.use_patch_bias is None else self.use_patch_bias
 
     @property
     def resolved_merge_layers(self) -> list[int]:
@@ -205,16 +294,51 @@ class MLIPVisionConfig(NamesAutoClasses, CLIPVisionConfig):
                 f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}; "
                 f"the nearest sizes that are: {[size for size in (below, below + self.patch_size) if size]}."
             )
-        _validate_choice("pooling", self.pooling, ("class", "mean", "attention"))
+        _validate_choice("pooling", self.pooling, ("class", "mean", "attention", "cross_attention"))
         if self.pooling == "class" and not self.use_class_token:
             raise ValueError(
                 "pooling='class' needs use_class_token=True; choose pooling='mean' or 'attention' without class token."
+            )
+        if self.visual_projection_bias and not self.use_visual_projection:
+            raise ValueError(
+                "visual_projection_bias=True needs use_visual_projection=True; set visual_projection_bias=False."
+            )
+        for name in ("pooling_num_heads", "pooling_intermediate_size"):
+            if getattr(self, name) is not None:
+                _validate_at_least(self, 1, name)
+        if self.use_conv_stem and (self.patch_size % 8 or self.hidden_size % 4 or not self.use_class_token):
+            raise ValueError(
+                f"use_conv_stem=True needs patch_size={self.patch_size} divisible by 8, hidden_size={self.hidden_size} "
+                f"divisible by 4, and use_class_token=True; change them, or set use_conv_stem=False."
+            )
+        _validate_at_least(self, 1, "pooling_num_queries")
+        is_shared = self.pooling == "cross_attention"
+        pooled_name = "projection_dim" if is_shared else "hidden_size"
+        num_heads = self.pooling_num_heads or self.num_attention_heads
+        if (is_shared or self.pooling_num_heads is not None) and self.pooled_size % num_heads:
+            raise ValueError(
+                f"pooling_num_heads={self.pooling_num_heads} does not divide {pooled_name}={self.pooled_size}; choose "
+                "a divisor."
             )
         if self.frequency_layers < 0:
             raise ValueError(f"frequency_layers={self.frequency_layers}: choose 0 (no frequency stage) or more.")
         if not 0 <= self.frequency_embed_weight < math.inf:
             raise ValueError(
                 f"frequency_embed_weight={self.frequency_embed_weight}: choose 0 (the spatial embedding alone) or more."
+            )
+
+    def validate_rotary(self):
+        _validate_choice("rotary_axes", self.rotary_axes, ("yx", "xy"))
+        _validate_choice("rotary_merged_position", self.rotary_merged_position, ("largest", "mean"))
+        if self.rotary_grid_size is None:
+            return
+        _validate_at_least(self, 1, "rotary_grid_size")
+        head_width = self.hidden_size // self.num_attention_heads
+        if head_width % 4:
+            raise ValueError(
+                f"rotary_grid_size={self.rotary_grid_size} needs attention heads of a width divisible by 4, not "
+                f"{head_width}; change hidden_size={self.hidden_size} or "
+                f"num_attention_heads={self.num_attention_heads}, or set rotary_grid_size=None."
             )
 
     def validate_merging(self):
@@ -375,7 +499,8 @@ class MLIPConfig(NamesAutoClasses, PreTrainedConfig):
 
     def validate_projections(self):
         for tower, name in ((self.vision_config, "use_visual_projection"), (self.text_config, "use_text_projection")):
-            if not getattr(tower, name) and tower.hidden_size != self.projection_dim:
+            is_shared = tower.pooling == "cross_attention"  # then the pooled state has the width of the shared space
+            if not getattr(tower, name) and not is_shared and tower.hidden_size != self.projection_dim:
                 raise ValueError(
                     f"{name}=False needs hidden_size={tower.hidden_size} of that tower to equal "
                     f"projection_dim={self.projection_dim}; set {name}=True, or make the two equal."

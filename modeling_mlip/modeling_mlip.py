@@ -11,6 +11,7 @@ heads, d width of a head.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ from transformers.models.clip.modeling_clip import (
     CLIPVisionEmbeddings,
     eager_attention_forward,
 )
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+from transformers.models.roberta.modeling_roberta import RobertaModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
@@ -48,12 +52,13 @@ from .losses import (
     MAX_LOGIT_SCALE,
     PairColumns,
     PairEmbeddings,
-    TokenEmbeddings,
     caption_keys,
     multi_level_loss,
     to_device,
 )
+from .rotary import patch_positions, rotate, rotation_of
 from .token_merging import (
+    assignment_matrix,
     compose,
     fuse_least_important,
     joint_similarity_features,
@@ -65,6 +70,7 @@ from .token_merging import (
     merge_tokens,
     z_score,
 )
+from .token_similarity import TokenEmbeddings
 
 # Hidden size of the MLP of a frequency block, relative to the hidden size of the block.
 FREQUENCY_MLP_RATIO = 2
@@ -218,6 +224,58 @@ class MLIPFrequencyStage(nn.Module):
         return self.gate * self.output_projection(states), states, pooled
 
 
+# Patch embedding
+
+
+class MLIPStemLayer(nn.Module):
+    """A convolution whose kernels do not overlap, with BatchNorm and an activation if it is not the last one."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, hidden_act: str, is_last: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=stride, stride=stride, bias=is_last)
+        self.norm = nn.Identity() if is_last else nn.BatchNorm2d(out_channels)
+        self.activation_fn = nn.Identity() if is_last else ACT2FN[hidden_act]
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.activation_fn(self.norm(self.conv(pixels)))
+
+
+class MLIPConvStem(nn.Sequential):
+    """The patch embedding of MobileCLIP-B: `(B, 3, height, width)` -> `(B, D, H, W)`, each patch by itself.
+
+    Source: `vit_base_mci_224` of timm 1.0.
+    """
+
+    def __init__(self, config: MLIPVisionConfig):
+        quarter, strides = config.hidden_size // 4, (4, 2, config.patch_size // 8)
+        channels = (config.num_channels, quarter, quarter, config.hidden_size)
+        super().__init__(
+            *(
+                MLIPStemLayer(channels[index], channels[index + 1], strides[index], config.hidden_act, index == 2)
+                for index in range(3)
+            )
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the last convolution, whose dtype the embeddings read."""
+        last: Any = self[-1]
+        return last.conv.weight
+
+
+class MLIPStemVisionEmbeddings(SiglipVisionEmbeddings):
+    """The embeddings of MobileCLIP-B: `MLIPConvStem`, position embeddings of the patches, and a class token."""
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__(config)
+        self.patch_embedding = MLIPConvStem(config)
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = False) -> torch.Tensor:
+        patches = super().forward(pixel_values, interpolate_pos_encoding)
+        return torch.cat([self.class_embedding.expand(patches.shape[0], 1, -1), patches], dim=1)
+
+
 # Encoder layers
 
 
@@ -239,6 +297,11 @@ def select_queries(states: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor
 
 def scale_branch(branch: torch.Tensor, layer_scale: torch.Tensor | None) -> torch.Tensor:
     return branch if layer_scale is None else branch * layer_scale
+
+
+def sub_layernorm_of(config: MLIPVisionConfig, size: int) -> nn.LayerNorm | nn.Identity:
+    """The LayerNorm before an output projection; no operation without `use_sub_layernorm`."""
+    return nn.LayerNorm(size, eps=config.layer_norm_eps) if config.use_sub_layernorm else nn.Identity()
 
 
 def layer_scale_parameter(config: MLIPTextConfig | MLIPVisionConfig) -> nn.Parameter | None:
@@ -295,13 +358,23 @@ def add_size_channel(
 
 
 class MLIPVisionAttention(CLIPAttention):
-    """CLIP's attention, which also computes the guide of token merging on request."""
+    """CLIP's attention, which also computes the guide of token merging on request.
+
+    It has rotary positions, a LayerNorm before the output projection and no bias of the keys if configured.
+    """
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__(config)
+        if not config.use_key_bias:
+            self.k_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=False)
+        self.layer_norm = sub_layernorm_of(config, self.embed_dim)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         guide_states: torch.Tensor | None = None,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
         """Attends, and computes what token merging is guided by if `guide_states` are given.
@@ -309,19 +382,24 @@ class MLIPVisionAttention(CLIPAttention):
         Args:
             hidden_states: `(B, S, D)` with S = K + M.
             attention_mask: `(B, 1, 1, S)`, added to the attention logits.
-            guide_states: `(B, Q, D)`, normalised states whose queries rank the patch tokens.
+            guide_states: `(B, Q, D)`, normalised states whose queries rank the patch tokens; those of the first Q
+                tokens.
+            rotation: of queries and keys, see `rotary.rotation_of`; `None` without rotary positions.
 
         Returns:
             The output `(B, S, D)`, the attention weights `(B, h, S, S)` or `None` if the backend does not return them,
-            and the guide or `None`. The guide holds the keys `(B, M, d)`, averaged over heads, and the attention that
-            each patch token receives from `guide_states` `(B, M)`, averaged over heads and queries. It is computed in
-            float32 outside the attention backend, so that every backend merges the same tokens.
+            and the guide or `None`. The guide holds the keys before rotation `(B, M, d)`, averaged over heads, and the
+            attention that each patch token receives from `guide_states` `(B, M)`, averaged over heads and queries. It
+            is computed in float32 outside the attention backend, so that every backend merges the same tokens.
         """
         B, S, _ = hidden_states.shape
         heads = (B, S, self.num_heads, self.head_dim)
         queries = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, h, S, d)
         keys = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         values = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        content_keys = keys
+        if rotation is not None:
+            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -332,15 +410,25 @@ class MLIPVisionAttention(CLIPAttention):
             self, *inputs, scaling=self.scale, dropout=self.dropout if self.training else 0.0, **kwargs
         )
         attn_output = attn_output[..., : self.head_dim]  # (B, S, h, d), without the channels that were added
-        attn_output = self.out_proj(attn_output.reshape(B, S, -1))
-        guide = self._guide(guide_states, keys, attention_mask) if guide_states is not None else None
+        attn_output = self.out_proj(self.layer_norm(attn_output.reshape(B, S, -1)))
+        guide = None
+        if guide_states is not None:
+            guide = self._guide(guide_states, content_keys, keys, attention_mask, rotation)
         return attn_output, attn_weights, guide
 
     @torch.no_grad()
     def _guide(
-        self, guide_states: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None
+        self,
+        guide_states: torch.Tensor,
+        content_keys: torch.Tensor,
+        keys: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         queries = self.q_proj(guide_states.detach()).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        if rotation is not None:
+            cos, sin = rotation
+            queries = rotate(queries, (cos[:, :, : queries.shape[2]], sin[:, :, : queries.shape[2]]))
         num_prefix = self.config.num_prefix_tokens
         with maybe_autocast(keys.device.type, enabled=False):
             queries, keys = queries.float(), keys.float()  # (B, h, Q, d), (B, h, S, d)
@@ -348,18 +436,48 @@ class MLIPVisionAttention(CLIPAttention):
             if attention_mask is not None:
                 scores = scores + attention_mask[:, :, :1].float()
             attention = scores.softmax(dim=-1).mean(dim=1)  # (B, Q, S)
-            _, patch_keys = split_prefix(keys.mean(dim=1), num_prefix)
+            _, patch_keys = split_prefix(content_keys.float().mean(dim=1), num_prefix)
             _, patch_attention = split_prefix(attention.mean(dim=1), num_prefix)
             return patch_keys, patch_attention
 
 
+class MLIPVisionMLP(nn.Module):
+    """CLIP's MLP, with a gate (SwiGLU) and a LayerNorm before the output projection, each if configured.
+
+    Source: `SwiGLU` and `Mlp` of timm 1.0.
+    """
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__()
+        size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.config = config
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.gate_proj = nn.Linear(size, intermediate_size) if config.use_gated_mlp else None
+        self.fc1 = nn.Linear(size, intermediate_size)
+        self.layer_norm = sub_layernorm_of(config, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = self.fc1(hidden_states)
+        if self.gate_proj is not None:
+            states = self.activation_fn(self.gate_proj(hidden_states)) * states
+        else:
+            states = self.activation_fn(states)
+        return self.fc2(self.layer_norm(states))
+
+
 class MLIPVisionLayer(CLIPEncoderLayer):
-    """CLIP's encoder layer, with token merging between attention and MLP, and LayerScale if configured."""
+    """CLIP's encoder layer, with token merging between attention and MLP.
+
+    It has LayerScale, LayerNorms after attention and MLP, and `MLIPVisionMLP` if configured.
+    """
 
     def __init__(self, config: MLIPVisionConfig):
         super().__init__(config)
         self.config = config
         self.self_attn = MLIPVisionAttention(config)
+        if config.use_gated_mlp or config.use_sub_layernorm:
+            self.mlp = MLIPVisionMLP(config)
         self.layer_scale1 = layer_scale_parameter(config)
         self.layer_scale2 = layer_scale_parameter(config)
 
@@ -372,6 +490,7 @@ class MLIPVisionLayer(CLIPEncoderLayer):
         sizes: torch.Tensor,
         num_removed: int = 0,
         caption_states: torch.Tensor | None = None,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
         """Attention, then token merging if `num_removed > 0`, then the MLP.
@@ -384,18 +503,21 @@ class MLIPVisionLayer(CLIPEncoderLayer):
             sizes: `(B, N)` float32, the number of patches that each token replaces.
             num_removed: number of patch tokens to remove.
             caption_states: `(B, D)`, mixed into the guide by `merge_method="elip"`.
+            rotation: of the queries and keys, see `rotary.rotation_of`.
 
         Returns:
             `hidden_states`, `frequency_states`, `frequency_importance` and `sizes` with M = N - num_removed patch
             tokens, and the assignment `(B, N)` of the merge, or `None` if nothing merged.
         """
-        normed_states = self.layer_norm1(hidden_states)
+        is_post_norm = self.config.use_residual_post_norm
+        attention_inputs = hidden_states if is_post_norm else self.layer_norm1(hidden_states)
         guide_states = None
         if num_removed > 0:
-            guide_states = self._guide_states(hidden_states, normed_states, caption_states)
+            guide_states = self._guide_states(hidden_states, attention_inputs, caption_states)
         branch, _, guide = self.self_attn(
-            normed_states, attention_mask=attention_mask, guide_states=guide_states, **kwargs
+            attention_inputs, attention_mask=attention_mask, guide_states=guide_states, rotation=rotation, **kwargs
         )
+        branch = self.layer_norm1(branch) if is_post_norm else branch
         hidden_states = hidden_states + scale_branch(branch, self.layer_scale1)
         assignment = None
         if guide is not None:
@@ -411,21 +533,25 @@ class MLIPVisionLayer(CLIPEncoderLayer):
                     frequency_states = merge_tokens(frequency_states, matrix)
                     frequency_importance = merge_tokens(frequency_importance[..., None], matrix)[..., 0]
                 sizes = merge_sizes(sizes, assignment, num_new)
-        branch = self.mlp(self.layer_norm2(hidden_states))
+        if is_post_norm:
+            branch = self.layer_norm2(self.mlp(hidden_states))
+        else:
+            branch = self.mlp(self.layer_norm2(hidden_states))
         hidden_states = hidden_states + scale_branch(branch, self.layer_scale2)
         return hidden_states, frequency_states, frequency_importance, sizes, assignment
 
     @torch.no_grad()
     def _guide_states(
-        self, hidden_states: torch.Tensor, normed_states: torch.Tensor, caption_states: torch.Tensor | None
+        self, hidden_states: torch.Tensor, attention_inputs: torch.Tensor, caption_states: torch.Tensor | None
     ) -> torch.Tensor:
         """`(B, Q, D)`: the states whose attention ranks the patch tokens; ELIP mixes the caption into them."""
         if self.config.merge_method != "elip" or caption_states is None:
-            return select_queries(normed_states, self.config.num_prefix_tokens)
+            return select_queries(attention_inputs, self.config.num_prefix_tokens)
         states = select_queries(hidden_states, self.config.num_prefix_tokens)
         length = states.norm(dim=-1, keepdim=True)
         caption = nn.functional.normalize(caption_states[:, None], dim=-1).to(states.dtype) * length
-        return self.layer_norm1(torch.lerp(states, caption, self.config.merge_caption_weight))
+        states = torch.lerp(states, caption, self.config.merge_caption_weight)
+        return states if self.config.use_residual_post_norm else self.layer_norm1(states)
 
     @torch.no_grad()
     def _match(
@@ -459,6 +585,22 @@ class MLIPVisionLayer(CLIPEncoderLayer):
 # Encoders
 
 
+class MLIPTextClassEmbeddings(CLIPTextEmbeddings):
+    """CLIP's text embeddings, with a learned class token after the caption, at a position of its own (CoCa)."""
+
+    def __init__(self, config: MLIPTextConfig):
+        longer = copy.copy(config)
+        longer.max_position_embeddings += 1
+        super().__init__(longer)
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """`(T, L)` -> `(T, L + 1, D)`."""
+        class_states = self.class_embedding.expand(input_ids.shape[0], 1, -1)
+        inputs_embeds = torch.cat([self.token_embedding(input_ids), class_states], dim=1)
+        return super().forward(inputs_embeds=inputs_embeds, position_ids=position_ids)
+
+
 class MLIPTextEncoder(CLIPEncoder):
     """CLIP's encoder with layers of `MLIPTextLayer`."""
 
@@ -485,6 +627,7 @@ class MLIPVisionEncoder(nn.Module):
         frequency_importance: torch.Tensor | None,
         output_token_map: bool = False,
         caption_states: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MLIPVisionOutput:
         B, N = inputs_embeds.shape[0], inputs_embeds.shape[1] - self.config.num_prefix_tokens
@@ -492,7 +635,9 @@ class MLIPVisionEncoder(nn.Module):
         sizes = torch.ones(B, N, device=hidden_states.device, dtype=torch.float32)
         token_map = torch.arange(N, device=hidden_states.device).expand(B, N) if output_token_map else None
         attention_mask = None
+        rotation = self._rotation_of(positions)
         for layer, num_removed in zip(self.layers, self.tokens_removed(N), strict=True):
+            sizes_before = sizes
             hidden_states, frequency_states, frequency_importance, sizes, assignment = layer(
                 hidden_states,
                 attention_mask,
@@ -501,9 +646,13 @@ class MLIPVisionEncoder(nn.Module):
                 sizes,
                 num_removed,
                 caption_states,
+                rotation,
                 **kwargs,
             )
             if assignment is not None:
+                if positions is not None:
+                    positions = self._merge_positions(positions, assignment, sizes_before, sizes.shape[1])
+                    rotation = self._rotation_of(positions)
                 attention_mask = log_size_bias(sizes, self.config.num_prefix_tokens, hidden_states.dtype)
                 token_map = compose(token_map.to(assignment.device), assignment) if output_token_map else None
         return MLIPVisionOutput(
@@ -512,6 +661,32 @@ class MLIPVisionEncoder(nn.Module):
             token_sizes=sizes,
             token_map=token_map,
         )
+
+    def _rotation_of(self, positions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The rotation of queries and keys at `positions` `(B, N, 2)`; `None` without rotary positions."""
+        if positions is None:
+            return None
+        width = self.config.hidden_size // self.config.num_attention_heads
+        return rotation_of(positions, self.config.num_prefix_tokens, width)
+
+    @torch.no_grad()
+    def _merge_positions(
+        self, positions: torch.Tensor, assignment: torch.Tensor, sizes: torch.Tensor, num_new: int
+    ) -> torch.Tensor:
+        """`(B, N, 2)` -> `(B, M, 2)`: the positions of merged tokens, by `rotary_merged_position`.
+
+        Args:
+            assignment: `(B, N)`, on any device.
+            sizes: `(B, N)`, the sizes before the merge.
+            num_new: M.
+        """
+        positions, sizes = positions.to(assignment.device), sizes.to(assignment.device)
+        if self.config.rotary_merged_position == "mean":
+            with maybe_autocast(assignment.device.type, enabled=False):
+                return merge_tokens(positions, merge_matrix(assignment, sizes, num_new))
+        earlier = torch.arange(sizes.shape[1], device=sizes.device) / sizes.shape[1]  # below 1: it only breaks ties
+        members = assignment_matrix(assignment, num_new, sizes.dtype) * (sizes + 1 - earlier)[:, None]  # (B, M, N)
+        return select_tokens(positions, members.argmax(dim=-1))
 
     def tokens_removed(self, num_patches: int) -> list[int]:
         """The number of patch tokens that each layer removes, by the configuration and the number of patches."""
@@ -544,13 +719,17 @@ class MLIPAttentionPoolingHead(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.config = config
+        self.num_heads = config.num_attention_heads if config.pooling_num_heads is None else config.pooling_num_heads
         self.probe = nn.Parameter(torch.empty(1, 1, size))
         self.q_proj = nn.Linear(size, size)
         self.k_proj = nn.Linear(size, size)
         self.v_proj = nn.Linear(size, size)
         self.out_proj = nn.Linear(size, size)
         self.layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.mlp = CLIPMLP(config)
+        mlp_config = copy.copy(config)
+        if config.pooling_intermediate_size is not None:
+            mlp_config.intermediate_size = config.pooling_intermediate_size
+        self.mlp = CLIPMLP(mlp_config)
 
     def forward(self, tokens: torch.Tensor, size_bias: torch.Tensor | None) -> torch.Tensor:
         """`(B, S, D)` -> `(B, D)`.
@@ -559,7 +738,7 @@ class MLIPAttentionPoolingHead(nn.Module):
             tokens: normalised by the post-LayerNorm.
             size_bias: `(B, 1, 1, S)`, see `log_size_bias`; `None` if nothing merged.
         """
-        B, heads = tokens.shape[0], self.config.num_attention_heads
+        B, heads = tokens.shape[0], self.num_heads
         query = self.q_proj(self.probe).unflatten(2, (heads, -1)).transpose(1, 2).expand(B, -1, -1, -1)  # (B, h, 1, d)
         keys = self.k_proj(tokens).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, h, S, d)
         values = self.v_proj(tokens).unflatten(2, (heads, -1)).transpose(1, 2)
@@ -570,6 +749,54 @@ class MLIPAttentionPoolingHead(nn.Module):
     def linear_map(self) -> torch.Tensor:
         """`(D, D)`: the linear part of the map from one token to the pooled state."""
         return self.out_proj.weight @ self.v_proj.weight
+
+
+class MLIPCrossAttentionPoolingHead(nn.Module):
+    """CoCa's pooling: a learned query of the width of the shared space attends to all tokens.
+
+    Source: `AttentionalPooler` in
+    https://github.com/mlfoundations/open_clip/blob/v3.3.0/src/open_clip/transformer.py, here with one Linear for each
+    projection. Only the first query is used.
+    """
+
+    def __init__(self, config: MLIPVisionConfig):
+        super().__init__()
+        size, shared_size, eps = config.hidden_size, config.projection_dim, config.layer_norm_eps
+        self.config = config
+        self.num_heads = config.num_attention_heads if config.pooling_num_heads is None else config.pooling_num_heads
+        self.query = nn.Parameter(torch.empty(config.pooling_num_queries, shared_size))
+        self.layernorm_query = nn.LayerNorm(shared_size, eps=eps)
+        self.layernorm = nn.LayerNorm(size, eps=eps)
+        self.q_proj = nn.Linear(shared_size, shared_size)
+        self.k_proj = nn.Linear(size, shared_size)
+        self.v_proj = nn.Linear(size, shared_size)
+        self.out_proj = nn.Linear(shared_size, shared_size)
+
+    def forward(self, states: torch.Tensor, size_bias: torch.Tensor | None) -> torch.Tensor:
+        """`(B, S, D)` -> `(B, P)`.
+
+        Args:
+            states: hidden states, not normalised.
+            size_bias: `(B, 1, 1, S)`, see `log_size_bias`; `None` if nothing merged.
+        """
+        B, heads = states.shape[0], self.num_heads
+        tokens = self.layernorm(states)
+        query = self.q_proj(self.layernorm_query(self.query[None, :1]))  # (1, 1, P)
+        query = query.unflatten(2, (heads, -1)).transpose(1, 2).expand(B, -1, -1, -1)  # (B, h, 1, d)
+        keys = self.k_proj(tokens).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, h, S, d)
+        values = self.v_proj(tokens).unflatten(2, (heads, -1)).transpose(1, 2)
+        pooled = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=size_bias)  # (B, h, 1, d)
+        return self.out_proj(pooled.flatten(1))
+
+    def linear_map(self) -> torch.Tensor:
+        """`(P, D)`: the linear part of the map from one normalised token to the pooled state."""
+        return self.out_proj.weight @ self.v_proj.weight
+
+
+def pooling_head_of(config: MLIPVisionConfig) -> MLIPAttentionPoolingHead | MLIPCrossAttentionPoolingHead | None:
+    """The pooling head of a vision tower; `None` if it pools without one."""
+    heads: dict[str, Any] = {"attention": MLIPAttentionPoolingHead, "cross_attention": MLIPCrossAttentionPoolingHead}
+    return heads[config.pooling](config) if config.pooling in heads else None
 
 
 # Models
@@ -590,12 +817,19 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     _no_split_modules = [
         "CLIPTextEmbeddings",
+        "MLIPTextClassEmbeddings",
         "CLIPVisionEmbeddings",
         "SiglipVisionEmbeddings",
+        "MLIPStemVisionEmbeddings",
         "MLIPTextLayer",
         "MLIPVisionLayer",
         "MLIPFrequencyStage",
         "MLIPAttentionPoolingHead",
+        "RobertaEmbeddings",
+        "RobertaLayer",
+        "XLMRobertaEmbeddings",
+        "XLMRobertaLayer",
+        "M2M100EncoderLayer",
     ]
     _can_record_outputs = {"hidden_states": CLIPEncoderLayer, "attentions": CLIPAttention}
 
@@ -629,12 +863,26 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             std = module.config.initializer_range * factor
             init_weight(module.patch_embedding, std)
             init.normal_(module.position_embedding.weight, std=std)
+            if isinstance(module, MLIPStemVisionEmbeddings):
+                init.normal_(module.class_embedding, std=module.embed_dim**-0.5 * factor)
             init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
+        elif isinstance(module, MLIPVisionMLP):
+            std = (2 * module.config.hidden_size) ** -0.5 * factor
+            init_weight(module.fc1, std)
+            if module.gate_proj is not None:
+                init_weight(module.gate_proj, std)
+            init_weight(module.fc2, (2 * module.config.hidden_size * module.config.num_hidden_layers) ** -0.5 * factor)
         elif isinstance(module, MLIPAttentionPoolingHead):
             std = module.config.hidden_size**-0.5 * factor
             init.normal_(module.probe, std=std)
             for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
                 init_weight(projection, std)
+        elif isinstance(module, MLIPCrossAttentionPoolingHead):
+            init.normal_(module.query, std=factor)
+            for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+                init_weight(projection, projection.in_features**-0.5 * factor)
+        elif isinstance(module, MLIPTextClassEmbeddings):
+            init.normal_(module.class_embedding, std=0.01 * factor)
         elif isinstance(module, MLIPFrequencyBlock):
             std = module.config.initializer_range * factor
             init.normal_(module.spectral_filter, std=std)
@@ -662,11 +910,12 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
                     init.constant_(parameter, self.config.logit_bias_init_value)
         elif isinstance(module, MLIPVisionModelWithProjection):
             if self.config.use_visual_projection:
-                init_weight(module.visual_projection, self.config.hidden_size**-0.5 * factor)
+                init_weight(module.visual_projection, self.config.pooled_size**-0.5 * factor)
             if module.frequency_projection is not None:
                 init_weight(module.frequency_projection, self.config.frequency_hidden_size**-0.5 * factor)
-        elif isinstance(module, MLIPTextModelWithProjection) and self.config.use_text_projection:
-            init_weight(module.text_projection, self.config.hidden_size**-0.5 * factor)
+        elif isinstance(module, MLIPTextModelWithProjection):
+            for projection in linear_layers(module.text_projection):
+                init_weight(projection, projection.in_features**-0.5 * factor)
         elif isinstance(module, MLIPForImageClassification) and isinstance(module.classifier, nn.Linear):
             init_weight(module.classifier, self.config.vision_config.hidden_size**-0.5 * factor)
 
@@ -689,22 +938,59 @@ class MLIPPreTrainedModel(CLIPPreTrainedModel):
             tower.config.merge_ratio = merge_ratio
 
 
-def text_projection_of(config: MLIPTextConfig) -> nn.Linear | nn.Identity:
+def text_projection_of(config: MLIPTextConfig) -> nn.Linear | nn.Sequential | nn.Identity:
     """The map `(T, D)` -> `(T, P)` of pooled captions; no operation without `use_text_projection`."""
     if not config.use_text_projection:
         return nn.Identity()
+    if config.text_projection_hidden_size is not None:
+        return nn.Sequential(
+            nn.Linear(config.hidden_size, config.text_projection_hidden_size, bias=False),
+            nn.GELU(),
+            nn.Linear(config.text_projection_hidden_size, config.projection_dim, bias=False),
+        )
     return nn.Linear(config.hidden_size, config.projection_dim, bias=config.text_projection_bias)
 
 
+def linear_layers(projection: nn.Module | None) -> list[nn.Linear]:
+    """The linear layers of a projection, in order; none for `None` and for an Identity."""
+    return [] if projection is None else [layer for layer in projection.modules() if isinstance(layer, nn.Linear)]
+
+
 def visual_projection_of(config: MLIPVisionConfig) -> nn.Linear | nn.Identity:
-    """The map `(B, D)` -> `(B, P)` of pooled images; no operation without `use_visual_projection`."""
+    """The map of pooled images to `(B, P)`; no operation without `use_visual_projection`."""
     if not config.use_visual_projection:
         return nn.Identity()
-    return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+    return nn.Linear(config.pooled_size, config.projection_dim, bias=config.visual_projection_bias)
+
+
+def vision_embeddings_of(config: MLIPVisionConfig) -> CLIPVisionEmbeddings | SiglipVisionEmbeddings:
+    """CLIP's embeddings, or SigLIP's without a class token, with or without a bias of the patch embedding; or those
+    of MobileCLIP-B."""
+    if config.use_conv_stem:
+        return MLIPStemVisionEmbeddings(config)
+    embeddings = CLIPVisionEmbeddings(config) if config.use_class_token else SiglipVisionEmbeddings(config)
+    patches = embeddings.patch_embedding
+    if (patches.bias is not None) != config.has_patch_bias:
+        embeddings.patch_embedding = nn.Conv2d(
+            patches.in_channels, patches.out_channels, patches.kernel_size, patches.stride, bias=config.has_patch_bias
+        )
+    return embeddings
+
+
+def text_encoder_of(config: MLIPTextConfig) -> RobertaModel | XLMRobertaModel | M2M100Encoder:
+    """The encoder of transformers for `encoder_config`, with the vocabulary and the special ids of `config`."""
+    encoder_config = copy.copy(config.encoder_config)
+    for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(encoder_config, name, getattr(config, name))
+    if encoder_config.model_type == "m2m_100":
+        return M2M100Encoder._from_config(encoder_config)
+    encoder_class = RobertaModel if encoder_config.model_type == "roberta" else XLMRobertaModel
+    return encoder_class._from_config(encoder_config, add_pooling_layer=False)
 
 
 class MLIPTextModel(MLIPPreTrainedModel):
-    """CLIP's text tower, with the pooling, mask and LayerScale that some OpenCLIP text towers use."""
+    """CLIP's text tower, with the pooling, mask and LayerScale that some OpenCLIP text towers use, or an encoder of
+    transformers in its place (`encoder_config`)."""
 
     config: MLIPTextConfig
     input_modalities = ("text",)
@@ -712,13 +998,26 @@ class MLIPTextModel(MLIPPreTrainedModel):
 
     def __init__(self, config: MLIPTextConfig):
         super().__init__(config)
-        self.embeddings = CLIPTextEmbeddings(config)
-        self.encoder = MLIPTextEncoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.encoder_config is None:
+            has_class_token = config.pooling == "class"
+            self.embeddings = MLIPTextClassEmbeddings(config) if has_class_token else CLIPTextEmbeddings(config)
+            self.encoder = MLIPTextEncoder(config)
+            self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        else:
+            self.encoder = text_encoder_of(config)
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
+    def get_input_embeddings(self) -> nn.Module:
+        if self.config.encoder_config is None:
+            return self.embeddings.token_embedding
+        return self.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.config.encoder_config is None:
+            self.embeddings.token_embedding = value
+        else:
+            self.encoder.set_input_embeddings(value)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -730,21 +1029,63 @@ class MLIPTextModel(MLIPPreTrainedModel):
 
         Args:
             input_ids: `(T, L)`.
-            attention_mask: `(T, L)`, 1 at tokens and 0 at padding; not used with `use_causal_mask=False`.
+            attention_mask: `(T, L)`, 1 at tokens and 0 at padding; not used with `use_causal_mask=False`, except with
+                `encoder_config`, where `None` means 0 at `pad_token_id`. With a class token after the caption, the
+                mask is that of CoCa, by `pad_token_id`.
             position_ids: `(T, L)`; 0 to L - 1 if `None`.
 
         Returns:
             `last_hidden_state` `(T, L, D)` and `pooler_output` `(T, D)`. With `pooling="last"`, L is
-            `max_position_embeddings`.
+            `max_position_embeddings`; with a class token after the caption, L is one more.
 
         Raises:
-            ValueError: without `input_ids`; with `pooling="last"`, if they are too long or `position_ids` are given.
+            ValueError: without `input_ids`; with `pooling="last"` or a class token, if they are too long or
+                `position_ids` are given; with `encoder_config`, if `position_ids` are given.
         """
         if input_ids is None:
             raise ValueError("input_ids are missing; pass the token ids of the captions.")
         input_ids = input_ids.view(-1, input_ids.shape[-1])
+        if self.config.encoder_config is None:
+            return self._encode_as_clip(input_ids, attention_mask, position_ids, **kwargs)
+        if position_ids is not None:
+            raise ValueError("position_ids are not supported with encoder_config; leave them out.")
+        return self._encode_with_transformers(input_ids, attention_mask, **kwargs)
+
+    @can_return_tuple
+    def _encode_with_transformers(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """As `forward`, with the encoder of `encoder_config`, which records its hidden states itself."""
+        kwargs.pop("is_causal", None)
+        for name in ("output_hidden_states", "output_attentions"):  # the encoder has a configuration of its own
+            kwargs.setdefault(name, getattr(self.config, name))
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        states = outputs.last_hidden_state
+        if self.config.pooling == "class":
+            pooled = states[:, 0]
+        else:
+            pooled = (states * attention_mask[..., None]).sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states,
+            pooler_output=pooled,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def _encode_as_clip(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """As `forward`, with CLIP's text transformer."""
         num_padded = 0
-        if self.config.pooling == "last":  # these towers were trained on captions padded to the full length
+        if self.config.pooling != "eos":  # these towers were trained on captions padded to the full length
             num_padded = self.config.max_position_embeddings - input_ids.shape[1]
             if num_padded < 0:
                 raise ValueError(
@@ -753,12 +1094,16 @@ class MLIPTextModel(MLIPPreTrainedModel):
                     "max_length to the tokenizer."
                 )
             if position_ids is not None:
-                raise ValueError('position_ids are not supported with pooling="last"; leave them out.')
+                raise ValueError(
+                    f"position_ids are not supported with pooling={self.config.pooling!r}; leave them out."
+                )
             input_ids = nn.functional.pad(input_ids, (0, num_padded), value=self.config.pad_token_id)
         hidden_states = self.embeddings(input_ids=input_ids, position_ids=position_ids)
         kwargs.pop("is_causal", None)
         if self.config.use_causal_mask:
-            if attention_mask is not None and num_padded > 0:
+            if self.config.pooling == "class":
+                attention_mask = self._class_token_mask(input_ids)
+            elif attention_mask is not None and num_padded > 0:
                 attention_mask = nn.functional.pad(attention_mask, (0, num_padded))
             # By position: transformers 5.24 renamed the last argument, `past_key_values`, to `cache`.
             mask = create_causal_mask(self.config, hidden_states, attention_mask, None)
@@ -772,12 +1117,28 @@ class MLIPTextModel(MLIPPreTrainedModel):
             last_hidden_state=last_hidden_state, pooler_output=self._pool(last_hidden_state, input_ids)
         )
 
+    def _class_token_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`(T, L)` -> `(T, L + 1)`, 0 at each token that follows padding, as in OpenCLIP's CoCa.
+
+        OpenCLIP shifts the padding mask by one position, and its weights were trained so. The class token therefore
+        attends to itself only if the caption has no padding, and every token attends to the first one.
+
+        Raises:
+            ValueError: if the attention backend removes the tokens that are 0, such as the class token.
+        """
+        if "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} is not supported by a text tower with a "
+                "class token; choose 'sdpa', for example attn_implementation={'text_config': 'sdpa'}."
+            )
+        return nn.functional.pad((input_ids != self.config.pad_token_id).long(), (1, 0), value=1)
+
     def _pool(self, last_hidden_state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """`(T, L, D)` -> `(T, D)`: the state at the last position, or at the first EOS token.
 
         As in CLIP, text after the first EOS does not count. A caption without EOS is pooled at its first position.
         """
-        if self.config.pooling == "last":
+        if self.config.pooling != "eos":
             return last_hidden_state[:, -1]
         # The first EOS, because padding may have the same id. ONNX has argmax for int32, not for int64.
         position = (input_ids == self.config.eos_token_id).to(torch.int32).argmax(dim=-1)
@@ -795,13 +1156,18 @@ class MLIPVisionModel(MLIPPreTrainedModel):
     def __init__(self, config: MLIPVisionConfig):
         super().__init__(config)
         size, eps = config.hidden_size, config.layer_norm_eps
-        self.embeddings = CLIPVisionEmbeddings(config) if config.use_class_token else SiglipVisionEmbeddings(config)
+        self.embeddings = vision_embeddings_of(config)
         self.pre_layrnorm = nn.LayerNorm(size, eps=eps) if config.use_pre_layernorm else nn.Identity()  # CLIP's name
         self.frequency = MLIPFrequencyStage(config) if config.frequency_layers > 0 else None
         self.encoder = MLIPVisionEncoder(config)
-        self.post_layernorm = nn.LayerNorm(size, eps=eps)
-        self.head = MLIPAttentionPoolingHead(config) if config.pooling == "attention" else None  # SigLIP's name
+        self.post_layernorm = nn.LayerNorm(config.pooled_size, eps=eps)
+        self.head = pooling_head_of(config)  # SigLIP's name
         self.post_init()
+
+    @property
+    def token_layernorm(self) -> nn.LayerNorm:
+        """The LayerNorm of the tokens before pooling: the post-LayerNorm, or that of CoCa's pooling head."""
+        return self.head.layernorm if self.config.pooling == "cross_attention" else self.post_layernorm
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -842,6 +1208,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             prefix, patches = split_prefix(hidden_states, self.config.num_prefix_tokens)
             hidden_states = torch.cat([prefix, patches + injection], dim=1)
             frequency_importance = self._frequency_importance(frequency_states, pooled_frequency)
+        positions = self._positions(grid, hidden_states)
         kept = self._kept_patches(hidden_states)
         if kept is not None:
             prefix, patches = split_prefix(hidden_states, self.config.num_prefix_tokens)
@@ -849,6 +1216,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             if frequency_states is not None:
                 frequency_states = select_tokens(frequency_states, kept)
                 frequency_importance = frequency_importance.gather(1, kept)
+            positions = select_tokens(positions, kept) if positions is not None else None
         # Step (3): the encoder, with token merging
         outputs = self.encoder(
             hidden_states,
@@ -856,6 +1224,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             frequency_importance,
             output_token_map=output_token_map,
             caption_states=caption_states,
+            positions=positions,
             **kwargs,
         )
         token_map = outputs.token_map
@@ -870,6 +1239,16 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             token_sizes=outputs.token_sizes,
             token_map=token_map,
         )
+
+    def _positions(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """`(B, N, 2)` float32, the coordinates for rotary positions; `None` without them."""
+        config = self.config
+        if config.rotary_grid_size is None:
+            return None
+        positions = patch_positions(
+            grid, config.rotary_grid_size, config.rotary_offset, config.rotary_axes == "xy", hidden_states.device
+        )
+        return positions.expand(hidden_states.shape[0], -1, -1)
 
     def _kept_patches(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """`(B, kept)` int64, the sorted indices of the patches that `patch_dropout` keeps; `None` for all."""
@@ -901,8 +1280,12 @@ class MLIPVisionModel(MLIPPreTrainedModel):
         return nn.functional.cosine_similarity(states.float(), pooled.float()[:, None], dim=-1)
 
     def _pool(self, outputs: MLIPVisionOutput) -> torch.Tensor:
-        """`(B, D)`: the post-LayerNorm follows the class token or the mean, and precedes attention pooling."""
+        """`(B, D)`, or `(B, P)` with `pooling="cross_attention"`: the post-LayerNorm precedes `pooling="attention"`,
+        and follows the class token, the mean and cross-attention."""
         states, sizes, num_prefix = outputs.last_hidden_state, outputs.token_sizes, self.config.num_prefix_tokens
+        if self.config.pooling == "cross_attention":
+            size_bias = log_size_bias(sizes, num_prefix, states.dtype) if self.config.merge_ratio > 0 else None
+            return self.post_layernorm(self.head(states, size_bias))
         if self.head is not None:
             size_bias = log_size_bias(sizes, num_prefix, states.dtype) if self.config.merge_ratio > 0 else None
             return self.head(self.post_layernorm(states), size_bias)
@@ -997,7 +1380,7 @@ class MLIPModel(MLIPPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def projections(self) -> list[nn.Linear]:
-        """All projections into the shared space, except `token_frequency_projection`."""
+        """The layers of all projections into the shared space, except `token_frequency_projection`."""
         projections = (
             self.visual_projection,
             self.text_projection,
@@ -1005,7 +1388,7 @@ class MLIPModel(MLIPPreTrainedModel):
             self.token_visual_projection,
             self.token_text_projection,
         )
-        return [projection for projection in projections if not isinstance(projection, nn.Identity | None)]
+        return [layer for projection in projections for layer in linear_layers(projection)]
 
     def scalar_parameters(self) -> dict[str, nn.Parameter]:
         """The learned scalars of the losses by attribute name, such as `logit_scale`, the log of 1 / temperature."""
@@ -1028,17 +1411,21 @@ class MLIPModel(MLIPPreTrainedModel):
         """Copies the instance-level projections to the token level, to start fine-tuning from CLIP weights."""
         if self.token_visual_projection is not None:
             self.token_visual_projection.weight.copy_(self.token_to_embedding())
-            if self.config.text_config.use_text_projection:
-                self.token_text_projection.weight.copy_(self.text_projection.get_parameter("weight"))
+            weights = [layer.weight for layer in linear_layers(self.text_projection)]
+            if weights:  # without the GELU of a projection with a hidden layer
+                weight = functools.reduce(lambda product, weight: weight @ product, weights)
+                self.token_text_projection.weight.copy_(weight)
             else:
                 nn.init.eye_(self.token_text_projection.weight)
 
     @torch.no_grad()
     def token_to_embedding(self) -> torch.Tensor:
-        """`(P, D)`: the linear part of the map from one token after the post-LayerNorm to the image embedding."""
+        """`(P, D)`: the linear part of the map from one token after `token_layernorm` to the image embedding."""
         head, layernorm = self.vision_model.head, self.vision_model.post_layernorm.weight
         if head is not None:
             pooling = head.linear_map()
+            if self.config.vision_config.pooling == "cross_attention":
+                pooling = layernorm[:, None] * pooling  # the post-LayerNorm follows
         else:
             pooling = torch.eye(len(layernorm), dtype=layernorm.dtype, device=layernorm.device)
         if not self.config.vision_config.use_visual_projection:
@@ -1114,7 +1501,7 @@ class MLIPModel(MLIPPreTrainedModel):
         caption_states = None
         if text_embeds is not None:
             weight = self.token_to_embedding()  # (P, D)
-            weight = weight * self.vision_model.post_layernorm.weight.detach().to(weight.device)
+            weight = weight * self.vision_model.token_layernorm.weight.detach().to(weight.device)
             caption_states = text_embeds.detach().to(weight.device) @ weight  # (B, P) @ (P, D)
         vision_outputs: MLIPVisionOutput = self.vision_model(
             pixel_values=pixel_values,
@@ -1145,7 +1532,7 @@ class MLIPModel(MLIPPreTrainedModel):
 
         Args:
             input_ids: `(T, L)`.
-            pixel_values: `(B, 3, height, width)`.
+            pixel_values: `(B, 3, height, width)`; `None` computes the captions alone, without losses.
             attention_mask: `(T, L)`.
             position_ids: `(T, L)`.
             image_ids: `(B,)` int64, equal for equal images. Pairs with equal images or equal captions are positives.
@@ -1170,6 +1557,8 @@ class MLIPModel(MLIPPreTrainedModel):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
         text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
+        if pixel_values is None and not (return_loss or return_pairs):
+            return MLIPOutput(text_embeds=text_embeds, text_model_output=text_outputs)
         guided = self.training and (return_loss or return_pairs) and self.config.merge_method == "elip"
         vision_outputs = self._spatial_features(
             pixel_values, text_embeds if guided else None, interpolate_pos_encoding, output_token_map, **kwargs
@@ -1250,7 +1639,7 @@ class MLIPModel(MLIPPreTrainedModel):
         """Normalised image and caption tokens in the shared space, with their weights and mask."""
         num_prefix = self.config.vision_config.num_prefix_tokens
         _, patches = split_prefix(vision_outputs.last_hidden_state, num_prefix)
-        image_tokens = self.token_visual_projection(self.vision_model.post_layernorm(patches))  # (B, M, P)
+        image_tokens = self.token_visual_projection(self.vision_model.token_layernorm(patches))  # (B, M, P)
         if self.token_frequency_projection is not None:
             frequency_tokens = self.token_frequency_projection(vision_outputs.frequency_hidden_state)
             image_tokens = image_tokens + frequency_tokens.to(image_tokens.device)
@@ -1278,10 +1667,10 @@ class MLIPTextModelWithProjection(MLIPPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.embeddings.token_embedding
+        return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.embeddings.token_embedding = value
+        self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -1355,7 +1744,7 @@ class MLIPVisionModelWithProjection(MLIPPreTrainedModel):
 class MLIPForImageClassification(MLIPPreTrainedModel):
     """The vision tower and a linear classifier on the mean of the patch tokens, weighted by their sizes.
 
-    As in transformers' SigLIP, the post-LayerNorm precedes the mean if the tower pools by attention.
+    As in transformers' SigLIP, the LayerNorm before pooling precedes the mean if the tower pools by attention.
     """
 
     main_input_name = "pixel_values"
@@ -1383,8 +1772,8 @@ class MLIPForImageClassification(MLIPPreTrainedModel):
         given."""
         outputs: MLIPVisionOutput = self.vision_model(pixel_values, **kwargs)
         _, patches = split_prefix(outputs.last_hidden_state, self.config.vision_config.num_prefix_tokens)
-        if self.config.vision_config.pooling == "attention":
-            patches = self.vision_model.post_layernorm(patches)
+        if self.vision_model.head is not None:
+            patches = self.vision_model.token_layernorm(patches)
         logits = self.classifier(size_weighted_mean(patches, outputs.token_sizes))
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         return ImageClassifierOutput(

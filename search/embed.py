@@ -89,7 +89,7 @@ def embed_collection(
     """
     options = options or EmbedOptions()
     if options.with_text and collection.caption_column is None:
-        raise ValueError(f"{collection.source} has no caption column to embed; choose one with caption_column.")
+        raise ValueError(f"{collection.source} has no caption column to embed; choose one with caption_column=NAME.")
     state = PartialState()
     folder = EmbeddingFolder(output_dir)
     # Step (1): what is left to embed. All processes list the shards before one of them writes.

@@ -1,6 +1,7 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Small models and batches that several tests share; no test reaches the network."""
 
+import multiprocessing
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 from modeling_mlip import MLIPConfig, MLIPModel
+
+# Processes of the start method "forkserver" are forks of one that has imported this, once for all tests.
+multiprocessing.set_forkserver_preload(["modeling_mlip.training.trainer"])
 
 VISION = dict(
     hidden_size=32,

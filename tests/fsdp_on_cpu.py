@@ -4,12 +4,19 @@
 import os
 import sys
 
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from modeling_mlip.hub.cli import main
 
-if __name__ == "__main__":
+
+def run_on_cpu(arguments: list[str] | None = None) -> int:
+    """The exit status of the command."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is a fork of
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-    sys.exit(main())
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run_on_cpu())

@@ -4,8 +4,8 @@
 python tests/hub_server.py FOLDER      # prints its address; set HF_ENDPOINT to it, HF_TOKEN and HF_HUB_DISABLE_XET=1
 
 What it keeps lies in FOLDER: `lfs/OID` is a large file by its SHA-256, `repos/OWNER/NAME/info.json` what is known, and
-`repos/OWNER/NAME/COMMIT/` the whole tree of a commit, large files as links. Nothing is locked: it is for tests. Xet,
-branches, datasets and spaces are left out.
+`repos/OWNER/NAME/COMMIT/` the whole tree of a commit, large files as links; a Space lies in `repos/spaces/OWNER/NAME`.
+Nothing is locked: it is for tests. Xet, branches and datasets are left out.
 """
 
 import base64
@@ -57,6 +57,22 @@ class Hub(ThreadingHTTPServer):
         return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
 
 
+def client_environment(hub: Hub) -> dict[str, str]:
+    """Variables of a process that knows no Hub but this one, as the user Ada."""
+    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+
+
+def use_hub(hub: Hub, monkeypatch: Any, cache: Path) -> None:
+    """Makes this process, which has read its variables already, such a process."""
+    for name, value in client_environment(hub).items():
+        monkeypatch.setenv(name, value)
+    template = "{repo_id}/resolve/{revision}/{filename}"
+    values = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{template}", "HF_HUB_CACHE": str(cache)}
+    for name, value in {**values, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)  # of the functions that are no methods
+
+
 @contextmanager
 def running_hub(folder: Path) -> Iterator[Hub]:
     hub = Hub(folder)
@@ -85,14 +101,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer({"errors": [], "warnings": []})
             case ["api", "repos", "create"]:
                 self._create()
-            case ["api", "models", owner, name, "preupload", _]:
-                self._preupload(f"{owner}/{name}")
-            case ["api", "models", owner, name, "commit", _]:
-                self._commit(f"{owner}/{name}")
-            case ["api", "models", owner, name, "tree", _, *folder]:
-                self._tree(f"{owner}/{name}", "/".join(folder))
-            case ["api", "models", owner, name, *_]:
-                self._info(f"{owner}/{name}")
+            case ["api", "models" | "spaces" as kind, owner, name, *request]:
+                self._repository_request(f"{'spaces/' * (kind == 'spaces')}{owner}/{name}", request)
             case [owner, name, "info", "lfs", "objects", "batch"]:
                 self._lfs_batch(f"{owner}/{name.removesuffix('.git')}")
             case ["lfs", oid]:
@@ -103,6 +113,17 @@ class Handler(BaseHTTPRequestHandler):
                 self._refuse(404, "EntryNotFound")
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def _repository_request(self, repo_id: str, request: list[str]) -> None:
+        match request:
+            case ["preupload", _]:
+                self._preupload(repo_id)
+            case ["commit", _]:
+                self._commit(repo_id)
+            case ["tree", _, *folder]:
+                self._tree(repo_id, "/".join(folder))
+            case _:
+                self._info(repo_id)
 
     # Who, and what they may
 
@@ -116,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
     def _may_write(self, repo_id: str) -> bool:
         if self._token() not in (TOKEN, OTHER_TOKEN):
             self._refuse(401, message="Invalid username or password.")
-        elif self._token() != TOKEN or not repo_id.startswith(f"{USER}/"):
+        elif self._token() != TOKEN or not repo_id.removeprefix("spaces/").startswith(f"{USER}/"):
             self._refuse(403, message=f"You don't have the rights to write to {repo_id}.")
         else:
             return True
@@ -134,13 +155,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _create(self) -> None:
         asked = json.loads(self.body)
-        repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
+        is_space = asked.get("type") == "space"
+        repo_id = f"{'spaces/' * is_space}{asked.get('organization') or USER}/{asked['name']}"
         if not self._may_write(repo_id):
             return
         if self.server.info(repo_id) is not None:
             return self._answer({"url": f"{self.server.url}/{repo_id}", "error": "You already created it"}, 409)
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
-        self._new_commit(repo_id, {"id": repo_id, "private": private}, {})
+        info = {"id": repo_id.removeprefix("spaces/"), "private": private}
+        self._new_commit(repo_id, {**info, "sdk": asked["sdk"]} if is_space else info, {})
         self._answer({"url": f"{self.server.url}/{repo_id}", "name": repo_id})
 
     def _new_commit(self, repo_id: str, info: dict[str, Any], files: dict[str, bytes | Path]) -> str:

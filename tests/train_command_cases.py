@@ -13,7 +13,7 @@ SMALL = ["--hidden_size", "48", "--num_hidden_layers", "2", "--num_attention_hea
 SMALL += ["--token_loss_weight", "0.1"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> tuple[str, str]:
     """Paths of two parquet files of drawn pairs, for training and for evaluation."""
     folder = tmp_path_factory.mktemp("drawn")
@@ -24,7 +24,7 @@ def drawn(tmp_path_factory) -> tuple[str, str]:
     return paths[0], paths[1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(drawn, tmp_path_factory) -> str:
     """A folder that `mlip train` wrote."""
     folder = str(tmp_path_factory.mktemp("runs") / "first")

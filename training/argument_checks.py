@@ -113,7 +113,7 @@ def check_training_arguments(args: TrainingArguments, *, has_eval_dataset: bool,
     for name, reason in REFUSED_TRAINER_ARGUMENTS.items():
         if trainer_arguments.get(name) is not None:
             raise ValueError(f"{name}={trainer_arguments[name]!r} is not supported: {reason}.")
-    check_optimizer(args)
+    check_optimizer(args, **trainer_arguments)
     check_integrations(args)
     check_evaluation(args, has_eval_dataset)
     check_train_dataset(args, trainer_arguments.get("train_dataset"))
@@ -129,14 +129,26 @@ def _show(value: Any) -> str:
     return repr(getattr(value, "value", value))
 
 
-def check_optimizer(args: MLIPTrainingArguments) -> None:
+def check_optimizer(
+    args: MLIPTrainingArguments, optimizers: tuple[Any, Any] = (None, None), **trainer_arguments: Any
+) -> None:
     """Raise ValueError for an optimizer that updates weights during the backward pass, or for a setting that
-    mini-batches ignore."""
+    mini-batches or the optimizer ignore."""
+    for name, default in (("layer_decay", 1.0), ("new_parameters_learning_rate", None)):
+        if getattr(args, name) != default and optimizers[0] is not None:
+            raise ValueError(
+                f"{name}={getattr(args, name)} has no effect on optimizers=..., which has learning rates of its own: "
+                "leave one of them out."
+            )
     optim = str(getattr(args.optim, "value", args.optim))
     if optim in FUSED_OPTIMIZERS or optim.endswith("_layerwise"):
         raise ValueError(
             f"optim={optim!r} changes weights during the backward pass, before a gradient that is not finite can be "
             "refused: choose another, for example 'adamw_torch_fused' or 'adafactor'."
+        )
+    if optim.startswith("schedule_free") and args.ema_decay is not None:
+        raise ValueError(
+            f"optim={optim!r} averages the weights itself: leave out ema_decay={args.ema_decay}, or choose another."
         )
     if args.torch_empty_cache_steps is not None and args.mini_batch_size is not None:
         raise ValueError(

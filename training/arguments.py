@@ -12,6 +12,8 @@ from .objective import TOKEN_LOSS_SCOPES
 # Metric of the best model, and of learning rate schedules that follow a metric. Higher is better.
 DEFAULT_METRIC = "eval_mean_recall"
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
+DISTILLATION_LOSSES = ("features", "similarities")
+FROZEN_TOWERS = ("image", "text")
 
 
 @dataclass
@@ -25,7 +27,7 @@ class ModelArguments:
     config_name: str | None = field(
         default=None,
         metadata={
-            "help": "Train from scratch with this configuration: tiny, vit-b-32, vit-b-16, vit-l-14, or a folder "
+            "help": "Train from scratch with this configuration: nano, tiny, vit-b-32, vit-b-16, vit-l-14, or a folder "
             "with a config.json."
         },
     )
@@ -140,6 +142,87 @@ class MLIPTrainingArguments(TrainingArguments):
             "(the pairs of all devices) or 'local' (the pairs of this device). 'local' is faster."
         },
     )
+    keep_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a loss that keeps the embeddings of images and captions close to those of the starting "
+            "model, a frozen copy at its own merge ratio; see --keep_type."
+        },
+    )
+    keep_type: str = field(
+        default="features",
+        metadata={
+            "help": "How --keep_weight and --distill_unmerged compare the two models: 'features' (1 - cosine of their "
+            "embeddings) or 'similarities' (divergence of their image-caption distributions over the batch)."
+        },
+    )
+    distill_unmerged: float = field(
+        default=0.0,
+        metadata={
+            "nargs": "?",
+            "const": 1.0,
+            "help": "Weight of a loss that keeps image embeddings at --merge_ratio close to those of the starting "
+            "model at merge ratio 0, a frozen copy; 1 without a value.",
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay per step of an exponential moving average of the weights, for example 0.999. Evaluation, "
+            "checkpoints and the saved model then use the average."
+        },
+    )
+    long_caption_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "A second column of the training data, with a long caption of each image. The losses of the model "
+            "then use the long captions, and a further loss compares the captions of --caption_column with the "
+            "principal components of the image embeddings (Long-CLIP)."
+        },
+    )
+    short_caption_weight: float = field(
+        default=1.0, metadata={"help": "Weight of that loss of the short captions, beside --long_caption_column."}
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train LoRA adapters of this rank on the attention and MLP layers of both towers, by PEFT. Only "
+            "they and the parameters that --model_name_or_path lacks train. They are merged into the weights at the "
+            "end."
+        },
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Adapters are scaled by lora_alpha / lora_rank; 2 * lora_rank if not given."}
+    )
+    keep_adapter: bool = field(
+        default=False, metadata={"help": "Save the adapter for peft.PeftModel instead of merging it into the weights."}
+    )
+    freeze: str | None = field(
+        default=None,
+        metadata={"help": "A tower to freeze with its projections: 'image' (LiT) or 'text'. New parameters train."},
+    )
+    freeze_layers: int = field(
+        default=0,
+        metadata={"help": "Freeze the first blocks of each tower, and its embeddings. New parameters train."},
+    )
+    layer_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the learning rate from each block to the one before it, for example 0.75. Projections "
+            "have --learning_rate."
+        },
+    )
+    new_parameters_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the parameters that --model_name_or_path lacks."},
+    )
+    head_warmup_steps: float = field(
+        default=0.0,
+        metadata={
+            "help": "First steps, in which only projections, temperatures and new parameters train; a value below 1 is "
+            "a fraction of all steps."
+        },
+    )
     max_nonfinite_steps: int = field(
         default=5,
         metadata={
@@ -168,6 +251,9 @@ class MLIPTrainingArguments(TrainingArguments):
         self.ddp_find_unused_parameters = self.ddp_find_unused_parameters or False
         self.ddp_broadcast_buffers = self.ddp_broadcast_buffers or False
         self._check_ranges()
+        self._check_fine_tuning()
+        if self.lora_rank is not None and self.lora_alpha is None:
+            self.lora_alpha = 2.0 * self.lora_rank
 
     def _set_metric_defaults(self) -> None:
         # Enumerations of transformers are strings, so `in` and `==` also work with their members.
@@ -190,9 +276,34 @@ class MLIPTrainingArguments(TrainingArguments):
             raise ValueError(f"skip_budget={self.skip_budget}: choose a fraction from 0 to 1.")
         if self.mini_batch_size is not None and self.mini_batch_size < 1:
             raise ValueError(f"mini_batch_size={self.mini_batch_size}: choose 1 or more, or leave it out.")
+        for name in ("keep_weight", "distill_unmerged", "short_caption_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 0 or more.")
+        if self.keep_type not in DISTILLATION_LOSSES:
+            raise ValueError(f"keep_type={self.keep_type!r}: choose one of {', '.join(DISTILLATION_LOSSES)}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: choose a value between 0 and 1, or leave it out.")
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps={self.max_nonfinite_steps}: choose 1 or more.")
         if self.token_loss_scope not in TOKEN_LOSS_SCOPES:
             raise ValueError(
                 f"token_loss_scope={self.token_loss_scope!r}: choose one of {', '.join(TOKEN_LOSS_SCOPES)}."
             )
+
+    def _check_fine_tuning(self) -> None:
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank={self.lora_rank}: choose 1 or more, or leave it out.")
+        for name, default in (("lora_alpha", None), ("keep_adapter", False)):
+            value = getattr(self, name)
+            if value != default and self.lora_rank is None:
+                raise ValueError(f"{name}={value} has no effect without lora_rank: set both, or leave it out.")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha}: choose a value above 0.")
+        if self.freeze is not None and self.freeze not in FROZEN_TOWERS:
+            raise ValueError(f"freeze={self.freeze!r}: choose one of {', '.join(FROZEN_TOWERS)}, or leave it out.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay}: choose a value above 0 and at most 1.")
+        for name in ("freeze_layers", "new_parameters_learning_rate", "head_warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value}: choose 0 or more.")

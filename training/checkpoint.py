@@ -31,6 +31,7 @@ from modeling_mlip.hub.atomic_files import flush_entry_to_disk, flush_to_disk
 from .objective import Objective
 from .step_guard import StepGuard
 from .training_log import TrainingLog
+from .weight_average import WeightAverage, check_no_average
 
 UNFINISHED = "_unfinished"  # Trainer does not push names that begin with _
 DATA_STATE = "data_state_{}.json"  # one file per process
@@ -74,6 +75,7 @@ class InterruptibleTrainer(Trainer):
     training_log: TrainingLog
     training_objective: Objective
     objective_optimizer: torch.optim.Optimizer | None
+    weight_average: WeightAverage | None = None
     _is_writing_checkpoint = False
     _resumed_from: str | None = None
     _stream: StreamedPairDataset | None = None
@@ -186,7 +188,10 @@ class InterruptibleTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _use_averaged_weights(self) -> None:
-        """Some optimizers train other weights than those to evaluate and save. `training_step` switches back."""
+        """The weights to evaluate and save differ from the trained ones with `ema_decay`, and with some optimizers.
+        `training_step` switches back."""
+        if self.weight_average is not None:
+            self.weight_average.use_average()
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
 
@@ -199,6 +204,8 @@ class InterruptibleTrainer(Trainer):
             "num_truncated": self.training_log.num_truncated,
             "stream": self._stream and {**self._shape_of_stream(), "positions": self._positions},
         }
+        if self.weight_average is not None and self.args.should_save:
+            self.weight_average.save(folder)
         path = os.path.join(folder, DATA_STATE.format(self.args.process_index))
         Path(path).write_text(json.dumps(state, indent=2), encoding="utf-8")
         if self.args.should_save and self.training_objective.state_dict():
@@ -212,8 +219,12 @@ class InterruptibleTrainer(Trainer):
         """Restores what `_save_state` saved; called when training begins, after Trainer has restored its own state."""
         self._positions = {}
         checkpoint = self._resumed_from
+        if self.weight_average is not None:
+            self.weight_average.begin(self.model, checkpoint, self.args.device)
         if checkpoint is None:
             return
+        if self.weight_average is None:
+            check_no_average(checkpoint)
         path = Path(checkpoint) / DATA_STATE.format(self.args.process_index)
         state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if state:

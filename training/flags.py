@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -133,12 +134,18 @@ def describe_default(name: str, default: Any) -> str:
     values: dict[str, list[str]] = {}
     for config_name, (vision, _, _) in NAMED_CONFIGS.items():
         if name in vision or name == "frequency_embed_weight":
-            config = named_config(config_name)
+            config = _read_named_config(config_name)
             value = getattr(config.vision_config if name in VISION_FIELDS else config, name)
             if value != default:
                 values.setdefault(json.dumps(value), []).append(config_name)
     named = [f"; with --config_name {', '.join(names)}: {value}" for value, names in values.items()]
     return f"default: {default if isinstance(default, str) else json.dumps(default)}{''.join(named)}"
+
+
+@functools.cache
+def _read_named_config(name: str) -> MLIPConfig:
+    """`named_config`, made once for the help of all flags."""
+    return named_config(name)
 
 
 def describe_keys(config_class: type) -> dict[str, str]:

@@ -42,16 +42,31 @@ class ObjectivePart(nn.Module):
     Attributes:
         name: unique in an objective; prefix of the part's state in checkpoints.
         input_names: keys of the batch that this part alone needs. They are not given to the model.
+        target_names: keys that `targets` adds to the batch.
         model_arguments: further arguments of the model's forward pass, such as `{"output_hidden_states": True}`.
     """
 
     name: str
     input_names: tuple[str, ...] = ()
+    target_names: tuple[str, ...] = ()
     model_arguments: dict[str, Any] = {}
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
         self.weight = weight
+
+    def targets(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+        """What the losses need of each of the R pairs that does not depend on the trained model: a teacher's output.
+
+        It is computed once for each pair, without a graph, while mini-batches compute `rows` twice.
+
+        Args:
+            inputs: the batch.
+
+        Returns:
+            The tensors `(R, ...)` named by `target_names`. They become keys of the `inputs` of `rows`.
+        """
+        return {}
 
     def rows(self, model: nn.Module, outputs: Any, inputs: dict[str, torch.Tensor]) -> Any:
         """What the losses need of each of the R pairs of this process.
@@ -59,7 +74,7 @@ class ObjectivePart(nn.Module):
         Args:
             model: the model as it is trained, wrapped by DDP or FSDP; call it for a further forward pass.
             outputs: `MLIPOutput` of the batch; `outputs.pairs` holds the rows of the model's own losses.
-            inputs: the batch, with the keys of `input_names`.
+            inputs: the batch, with the keys of `input_names` and `target_names`.
 
         Returns:
             A nested structure of tensors `(R, ...)`.
@@ -178,13 +193,22 @@ class Objective(nn.Module):
     def _each_part(self) -> list[ObjectivePart]:
         return list(self.parts.values())  # type: ignore[arg-type]
 
+    @torch.no_grad()
+    def add_targets(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the targets of all parts; those that it contains are not computed again."""
+        for part in self._each_part():
+            if not inputs.keys() >= set(part.target_names):
+                inputs = {**inputs, **part.targets(inputs)}
+        return inputs
+
     def compute_rows(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, dict[str, Any]]:
         """Runs the model on a batch. Returns its output and the rows of each part by name."""
         arguments: dict[str, Any] = {"return_pairs": True}
         own_inputs: set[str] = set()
         for part in self._each_part():
             arguments |= part.model_arguments
-            own_inputs |= set(part.input_names)
+            own_inputs |= {*part.input_names, *part.target_names}
+        inputs = self.add_targets(inputs)
         outputs = model(**{name: value for name, value in inputs.items() if name not in own_inputs}, **arguments)
         return outputs, {part.name: part.rows(model, outputs, inputs) for part in self._each_part()}
 

@@ -20,11 +20,13 @@ from .arguments import MLIPTrainingArguments
 from .training_log import TrainingLog
 
 
-def build_dataset(dataset: Any, processor: CLIPProcessor, seed: int, training: bool = False) -> Any:
+def build_dataset(
+    dataset: Any, processor: CLIPProcessor, seed: int, training: bool = False, long_caption_column: str | None = None
+) -> Any:
     """Items of the rows of a `datasets` data set, with default settings. Any other data set must yield items itself."""
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return dataset
-    return build_pairs(dataset, processor, seed=seed, training=training)
+    return build_pairs(dataset, processor, seed=seed, training=training, long_caption_column=long_caption_column)
 
 
 class RetrievalEvaluationMixin:

@@ -9,6 +9,7 @@ from modeling_mlip.hub.formatting import format_table
 from modeling_mlip.hub.results import Result
 
 from .arguments import MLIPTrainingArguments
+from .fine_tuning import describe_recipe
 from .trainer import MLIPTrainer
 
 MERGE_RATIOS = (0, 0.3, 0.5, 0.7)
@@ -56,6 +57,7 @@ def describe_run(trainer: MLIPTrainer, metrics: dict[str, float]) -> dict[str, A
         "peak learning rate": args.learning_rate,
         "schedule": str(args.lr_scheduler_type).rpartition(".")[2].lower(),
         "weight decay": args.weight_decay,
+        **describe_recipe(args),
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "seed": args.seed,
         "minutes": round(metrics["train_runtime"] / 60, 1),

@@ -10,6 +10,7 @@
 Without --do_train and --do_eval it trains, and then evaluates if there is validation data.
 """
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ from transformers import CLIPProcessor, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_mlip import MLIPConfig
-from modeling_mlip.data.columns import find_columns, iterate_captions
+from modeling_mlip.data.columns import find_caption_column, find_columns, iterate_captions
 from modeling_mlip.data.data_arguments import DataArguments
 from modeling_mlip.data.items import build_pairs
 from modeling_mlip.data.sources import load_pairs
 from modeling_mlip.evaluation.tasks.retrieval import retrieval_results
+from modeling_mlip.hub.configurations import pretrained_config
 from modeling_mlip.hub.errors import hub_errors
 from modeling_mlip.hub.model_card import write_model_card
 
 from .arguments import MLIPTrainingArguments, ModelArguments
 from .checkpoint import check_checkpoint
+from .distillation import build_objective
+from .fine_tuning import describe_recipe
 from .flags import parse_arguments
 from .learning_curves import plot_learning_curves
 from .run_summary import describe_run, format_summary, sweep_merge_ratios
@@ -66,10 +70,13 @@ def train(
     else:
         training_args.report_to = []  # without training, TensorBoard would write to the current folder
     set_seed(training_args.seed)
+    check_max_seq_length(data_args.max_seq_length)
     config = build_config(
-        model_name_or_path=model_args.model_name_or_path, config_name=model_args.config_name, overrides=overrides
+        model_name_or_path=model_args.model_name_or_path,
+        config_name=model_args.config_name,
+        overrides=overrides,
+        max_seq_length=data_args.max_seq_length,
     )
-    check_max_seq_length(data_args.max_seq_length, config)
     # Step (2): data and model
     splits = load_splits_of_tasks(data_args, training_args)
     trainer = build_trainer(model_args, data_args, training_args, config, splits)
@@ -101,7 +108,14 @@ def check_tasks(model_args: ModelArguments, args: MLIPTrainingArguments) -> None
             "--do_predict: mlip train writes no predictions. Leave it out; compute metrics with 'mlip evaluate', or "
             "embeddings in Python with MLIPTrainer.predict."
         )
+    for name in ("keep_weight", "distill_unmerged"):
+        if getattr(args, name) and model_args.model_name_or_path is None:
+            raise ValueError(
+                f"--{name} {getattr(args, name):g} keeps what a model knew before training: give it as "
+                "--model_name_or_path."
+            )
     if args.do_train:
+        check_starting_point(model_args, args)
         return
     if model_args.model_name_or_path is None:
         raise ValueError("--do_eval without --do_train: give the model to evaluate as --model_name_or_path.")
@@ -113,6 +127,16 @@ def check_tasks(model_args: ModelArguments, args: MLIPTrainingArguments) -> None
     if args.push_to_hub:
         raise ValueError(
             f"--push_to_hub without training: add --do_train, or use 'mlip push {model_args.model_name_or_path}'."
+        )
+
+
+def check_starting_point(model_args: ModelArguments, args: MLIPTrainingArguments) -> None:
+    """Raise ValueError for a flag of fine-tuning without a model to start from."""
+    recipe = describe_recipe(args)
+    if recipe and model_args.model_name_or_path is None:
+        raise ValueError(
+            f"--config_name {model_args.config_name} starts from random weights, and these flags fine-tune a model: "
+            f"{', '.join(f'--{name}' for name in recipe)}. Leave them out, or give --model_name_or_path."
         )
 
 
@@ -157,11 +181,10 @@ def resume_hint(last: str | None) -> str:
     return f", or continue the run with --resume_from_checkpoint {last}"
 
 
-def check_max_seq_length(max_seq_length: int | None, config: MLIPConfig) -> None:
-    """Raise ValueError if captions of that length do not fit into the model's context."""
-    context = config.text_config.max_position_embeddings
-    if max_seq_length is not None and not 3 <= max_seq_length <= context:
-        raise ValueError(f"--max_seq_length {max_seq_length}: choose 3 to {context}, the model's context.")
+def check_max_seq_length(max_seq_length: int | None) -> None:
+    """Raise ValueError if captions of that length have no room for a word."""
+    if max_seq_length is not None and max_seq_length < 3:
+        raise ValueError(f"--max_seq_length {max_seq_length}: choose at least 3 (BOS, one token, EOS).")
 
 
 # Step (2)
@@ -216,14 +239,17 @@ def build_trainer(
     if name is None and model_args.tokenizer_name is None:
         if data_args.streaming:
             raise ValueError("--streaming: a tokenizer cannot be trained on a stream. Give one as --tokenizer_name.")
-        captions = iterate_captions(splits["train"], find_columns(splits["train"], **data_args.columns())[1])
+        columns: list[Any] = [find_columns(splits["train"], **data_args.columns())[1]]
+        if args.long_caption_column is not None:
+            columns.append(find_caption_column(splits["train"], args.long_caption_column, "long_caption_column"))
+        captions = chain.from_iterable(iterate_captions(splits["train"], column) for column in columns)
     processor = build_processor(
         config, model_name_or_path=name, tokenizer_name=model_args.tokenizer_name, captions=captions
     )
-    model = build_model(
+    model, new_parameters = build_model(
         config, processor.tokenizer, model_name_or_path=name, attn_implementation=model_args.attn_implementation
     )
-    datasets = build_datasets(splits, processor, data_args, args.seed)
+    datasets = build_datasets(splits, processor, data_args, args)
     with hub_errors("--push_to_hub"):
         return MLIPTrainer(
             model,
@@ -231,14 +257,20 @@ def build_trainer(
             train_dataset=datasets.get("train") if args.do_train else None,
             eval_dataset=datasets.get("validation"),
             processing_class=processor,
+            objective=build_objective(model, args, None if name is None else pretrained_config(name).merge_ratio),
             max_seq_length=data_args.max_seq_length,
+            new_parameters=new_parameters,
         )
 
 
-def build_datasets(splits: Splits, processor: CLIPProcessor, data_args: DataArguments, seed: int) -> dict[str, Any]:
-    """The items of each split; those of "train" are augmented."""
+def build_datasets(
+    splits: Splits, processor: CLIPProcessor, data_args: DataArguments, args: MLIPTrainingArguments
+) -> dict[str, Any]:
+    """The items of each split; those of "train" are augmented, and have long captions if asked for."""
+    options = {"seed": args.seed, **data_args.items()}
+    training = {"training": True, "long_caption_column": args.long_caption_column}
     return {
-        split: build_pairs(rows, processor, training=split == "train", seed=seed, **data_args.items())
+        split: build_pairs(rows, processor, **options, **(training if split == "train" else {"training": False}))
         for split, rows in splits.items()
     }
 

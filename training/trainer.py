@@ -5,7 +5,7 @@ trainer = MLIPTrainer(model, MLIPTrainingArguments("out"), train_dataset=train, 
 trainer.train()
 """
 
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,17 @@ from modeling_mlip.data.skip_budget import SkipBudget
 
 from .argument_checks import check_training_arguments
 from .arguments import MLIPTrainingArguments
-from .checkpoint import InterruptibleTrainer
+from .distillation import build_objective
 from .distributed import Exchange, average_gradients, gather_numbers, num_processes
+from .fine_tuning import FineTuningTrainer, check_fine_tuning
 from .mini_batches import RandomState, count_mini_batches, floating_tensors, join_rows, split_rows
-from .objective import ModelLosses, Objective
+from .objective import Objective
 from .retrieval_evaluation import RetrievalEvaluationMixin, build_dataset
 from .schedules import StepSchedule, resize_images
 from .step_guard import StepGuard
+from .trained_parameters import base_learning_rate
 from .training_log import TrainingLog
+from .weight_average import WeightAverage
 
 # Parameters with two or more axes that are not the weight of a linear map, and biases that are not called so.
 NO_DECAY = ("bias", "norm", "gate", "position_embedding", "class_embedding", "layer_scale", "logit_scale", "query")
@@ -61,7 +64,7 @@ class StepCallback(TrainerCallback):
         self.trainer.finish_step()
 
 
-class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
+class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
     """Trains an `MLIPModel` on image-caption pairs.
 
     Args:
@@ -71,9 +74,11 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
             their usual names and whose images are augmented; or the result of `data.build_pairs` for other settings.
         eval_dataset: the same without augmentation, or a dictionary of several.
         processing_class: the processor. Its tokenizer encodes the captions, and every checkpoint contains it.
-        objective: losses of the run; by default those of the model's configuration.
+        objective: losses of the run; by default those of the model's configuration and of `args`.
         max_seq_length: longest caption in tokens; by default the text tower's context.
         data_collator: makes a batch of items; by default `data.PairCollator`.
+        new_parameters: names of the parameters that the starting checkpoint did not contain, for
+            `new_parameters_learning_rate`, `head_warmup_steps` and `lora_rank`.
 
     Raises:
         ValueError: if there is no processor, if a contrastive batch would be a single pair, or if the model cannot
@@ -91,6 +96,7 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
         objective: Objective | None = None,
         max_seq_length: int | None = None,
         data_collator: Any = None,
+        new_parameters: Iterable[str] = (),
         **kwargs: Any,
     ):
         args = MLIPTrainingArguments("trainer_output") if args is None else args
@@ -100,14 +106,17 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
             raise ValueError(
                 "processing_class=None: give the model's processor, for example AutoProcessor.from_pretrained(...)."
             )
-        if model is not None:
-            StepSchedule(model, args)  # raises its errors before Trainer makes `output_dir`
-        self.training_objective = objective or Objective([ModelLosses(args.token_loss_scope)])
-        self._initial_objective = {
-            name: tensor.clone() for name, tensor in self.training_objective.state_dict().items()
-        }
+        self.new_parameters = frozenset(new_parameters)
+        if model is not None:  # raises errors before Trainer makes `output_dir`
+            StepSchedule(model, args)
+            check_fine_tuning(model, args, self.new_parameters)
+        self._builds_objective = objective is None
+        if objective is None and model is not None:
+            objective = build_objective(model, args)
         self.objective_optimizer: torch.optim.Optimizer | None = None
-        train_dataset = build_dataset(train_dataset, processing_class, args.seed, training=True)
+        train_dataset = build_dataset(
+            train_dataset, processing_class, args.seed, training=True, long_caption_column=args.long_caption_column
+        )
         if isinstance(eval_dataset, dict):
             eval_dataset = {
                 name: build_dataset(rows, processing_class, args.seed) for name, rows in eval_dataset.items()
@@ -124,7 +133,7 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
         length = max_seq_length or self.model.config.text_config.max_position_embeddings
         self.data_collator = data_collator or PairCollator(processing_class.tokenizer, length)
         self.evaluation_collator = EvaluationCollator(processing_class.tokenizer, length)
-        self.training_objective.to(self.args.device)
+        self._set_objective(objective or build_objective(self.model, args))
         self.skip_budget = None
         if train_dataset is not None:
             size = len(train_dataset) if hasattr(train_dataset, "__len__") else None
@@ -135,16 +144,26 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
         self._skips_step = False
         self.add_callback(SaveCodeFiles)
         self.add_callback(StepCallback(self))
+        if args.ema_decay is not None:
+            self.weight_average = WeightAverage(args.ema_decay)
+            self.add_callback(self.weight_average)
         self._prepare_model()
 
     # Setting up
+
+    def _set_objective(self, objective: Objective) -> None:
+        self.training_objective = objective.to(self.args.device)
+        self._initial_objective = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model of `model_init`; the objective starts anew with it."""
         model = super().call_model_init(trial)
         if hasattr(self, "accelerator"):  # not in __init__, which prepares the first model itself
             self.model = model
-            self.training_objective.load_state_dict(self._initial_objective)
+            if self._builds_objective:
+                self._set_objective(build_objective(model, self.args))
+            else:
+                self.training_objective.load_state_dict(self._initial_objective)
             self.objective_optimizer = None
             self._prepare_model()
         return model
@@ -158,12 +177,24 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
                 f"mini_batch_size={args.mini_batch_size}: DeepSpeed runs the backward pass of a loss only. Leave it "
                 "out, or use DDP or FSDP."
             )
+        if args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"ema_decay={args.ema_decay}: the average needs whole weights in every process, and FSDP and DeepSpeed "
+                "shard them. Leave it out, or use DDP."
+            )
+        self.prepare_fine_tuning()
         vision = model.vision_model
         if vision.frequency is not None and model.frequency_projection is None:
             vision.frequency.query.requires_grad_(
                 False
             )  # without a loss; DDP waits for the gradient of every parameter
         if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.cpu_ram_efficient_loading and (args.keep_weight or args.distill_unmerged):
+                raise ValueError(
+                    "keep_weight and distill_unmerged need the starting weights in every process: set "
+                    "cpu_ram_efficient_loading to false in fsdp_config."
+                )
             # FSDP cannot shard scalars. They stay whole in every process, and `training_step` averages their gradients.
             scalars = nn.Module()
             for name, parameter in model.scalar_parameters().items():
@@ -190,6 +221,8 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward pass of one batch of this process, in one pass or in mini-batches."""
+        if self.weight_average is not None:
+            self.weight_average.use_trained()
         self.training_objective.on_step_begin(self.accelerator.unwrap_model(model))
         num_pairs = len(inputs["input_ids"])
         count = count_mini_batches(num_pairs, self.args.mini_batch_size, self.args.device)
@@ -251,6 +284,7 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
         # Step (1): the rows of all mini-batches, without a graph
         random_states, parts = [], []
         with torch.no_grad(), self.compute_loss_context_manager():
+            mini_batches = [self.training_objective.add_targets(mini_batch) for mini_batch in mini_batches]
             for mini_batch in mini_batches:
                 random_states.append(RandomState(mini_batch["pixel_values"]))
                 parts.append(self.training_objective.compute_rows(model, mini_batch)[1])
@@ -286,6 +320,7 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
         inputs = dict(inputs)
         num_pairs = len(inputs["input_ids"])
         skipped, names = inputs.pop("skipped", []), inputs.pop("names", [f"pair {n}" for n in range(num_pairs)])
+        inputs.pop("caption_lengths", None)  # for evaluation
         self.training_log.add_batch(num_pairs, inputs.pop("num_truncated", 0))
         if self.skip_budget is not None:
             self.skip_budget.add(skipped, seen=len(names) + len(skipped))
@@ -305,6 +340,7 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
 
     def _finish_gradients(self, model: nn.Module) -> None:
         """Averages the gradients that no wrapper averages, and checks all of them before Trainer clips them."""
+        self.keep_head_gradients(model)
         if self.is_fsdp_enabled:
             average_gradients(self._trained_scalars(model))
         average_gradients(self.training_objective.trained_parameters())
@@ -334,11 +370,15 @@ class MLIPTrainer(RetrievalEvaluationMixin, InterruptibleTrainer):
             nn.utils.clip_grad_norm_(self.training_objective.trained_parameters(), self.args.max_grad_norm)
 
     def finish_step(self) -> None:
-        """After the optimizer step: the step of the objective's own parameters, and its hooks."""
+        """After the optimizer step: the average of the weights, the step of the objective's own parameters, and its
+        hooks."""
+        is_skipped = self._skips_step or self.accelerator.optimizer_step_was_skipped
+        if self.weight_average is not None and not is_skipped:
+            self.weight_average.update()
         if self.objective_optimizer is not None:
-            if not self._skips_step and not self.accelerator.optimizer_step_was_skipped:
+            if not is_skipped:
                 for group in self.objective_optimizer.param_groups:
-                    group["lr"] = self.optimizer.param_groups[0]["lr"]
+                    group["lr"] = base_learning_rate(self.optimizer)
                 self.objective_optimizer.step()
             self.objective_optimizer.zero_grad()
         self.training_objective.on_step_end(self.accelerator.unwrap_model(self.model))

@@ -65,6 +65,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "MLIP, no frequency": {**PARTS, **HALF, **FALLING, "frequency_layers": 0, "frequency_loss_weight": 0},
     "MLIP, no token loss": {**PARTS, **HALF, **FALLING, "token_loss_weight": 0},
     "MLIP, no guide": {**PARTS, **HALF, **FALLING, "merge_importance_weight": 0},
+    "MLIP, no token loss, no guide": {**PARTS, **HALF, **FALLING, "token_loss_weight": 0, "merge_importance_weight": 0},
     "MLIP, no falling ratio": {**PARTS, **HALF},
     "MLIP, no merging": PARTS,
     "MLIP at 0.3": {**PARTS, "merge_ratio": 0.3, **FALLING},

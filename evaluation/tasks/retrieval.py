@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Retrieval: recall@1, @5 and @10 from image to text and from text to image."""
+"""Retrieval: recall@1, @5 and @10 from image to text and from text to image, the latter also by caption length."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from modeling_mlip.hub.results import RETRIEVAL_TASK, Result
 
 from ..encoders import Encoder
 from ..evaluation_split import EvaluationSplit
-from ..metrics import DIRECTIONS, RECALL_AT, retrieval_metrics
+from ..metrics import DIRECTIONS, LENGTH_GROUPS, RECALL_AT, retrieval_metrics
 from .task import Encodings, Task
 
 
@@ -23,9 +23,14 @@ class Retrieval(Task):
 
     def metrics(self, encoder: Encoder, split: EvaluationSplit, encodings: Encodings, encoded: Any) -> list[Result]:
         pairs = encodings.pairs
-        return retrieval_results(
-            retrieval_metrics(pairs.image_embeds, pairs.text_embeds, pairs.caption_image, pairs.caption_ids)
+        metrics = retrieval_metrics(
+            pairs.image_embeds,
+            pairs.text_embeds,
+            pairs.caption_image,
+            pairs.caption_ids,
+            caption_lengths=pairs.caption_lengths,
         )
+        return [*retrieval_results(metrics), *length_results(metrics)]
 
 
 def retrieval_results(
@@ -70,3 +75,21 @@ def retrieval_results(
         hub_task=RETRIEVAL_TASK,
     )
     return [*results, mean]
+
+
+def length_results(metrics: Mapping[str, float]) -> list[Result]:
+    """The results for groups of captions by length that `retrieval_metrics` returned."""
+    return [
+        Result(
+            task=Retrieval.name,
+            metric="recall",
+            k=k,
+            value=metrics[f"text_to_image_{group}_recall@{k}"],
+            setting={"direction": "text_to_image", "caption_length": group},
+            prefix=f"text_to_image_{group}",
+            hub_task=RETRIEVAL_TASK,
+        )
+        for group in LENGTH_GROUPS
+        if f"text_to_image_{group}_recall@1" in metrics
+        for k in RECALL_AT
+    ]

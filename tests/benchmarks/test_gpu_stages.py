@@ -4,12 +4,14 @@ it consists of (largest_batch.py, step_profile.py)."""
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from processes import run_in_fork
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -27,19 +29,31 @@ def load_program(path: str) -> ModuleType:
     return module
 
 
+def run_tests_in_a_fork(arguments: list[str], environment: dict[str, str], log: Path) -> int:
+    """Run `python -m pytest ...` in the folder of the project; returns its exit status."""
+    assert arguments[:2] == ["-m", "pytest"]
+
+    def run_tests() -> int:
+        os.chdir(BENCHMARKS.parent)
+        os.environ |= environment
+        sys.modules.pop("test_gpu", None)
+        return pytest.main(arguments[2:])
+
+    return run_in_fork(run_tests, log)
+
+
 @pytest.fixture
 def record_of():
     return lambda folder: json.loads((folder / "run.json").read_text())
 
 
 def test_a_dry_run_writes_the_results_of_every_stage(tmp_path, monkeypatch, record_of, capsys):
-    """Only the tests run in a process of their own: here their module may be imported already, for another device.
-    Imports would take most of the time of the other commands."""
-    run_process = gpu.run_with_limit
+    """The commands run in this process, because imports would take most of their time. The tests run in a fork of it:
+    here their module may be imported already, for another device."""
 
     def run_here(command, seconds, environment, log):
         if command.name == "tests":
-            return run_process(command, seconds, environment, log)
+            return run_tests_in_a_fork(command.arguments, environment, log)
         log.write_text("")
         program = load_program(command.arguments[0])
         if "--training" in command.arguments:  # measured by one process for each model

@@ -5,11 +5,13 @@ conversion.py, mini_batch_memory.py, exchange_cost.py, token_loss_memory.py, tra
 study/figures.py.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import statistics
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +78,13 @@ def test_mini_batch_memory_writes_one_row_for_each_setting(tmp_path, monkeypatch
 def test_token_loss_memory_writes_the_size_of_all_similarities(tmp_path, monkeypatch, capsys):
     benchmark = load_benchmark("token_loss_memory.py")
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "token_loss_memory.json")
+
+    def run_here(command, **options):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            benchmark.main(command[2:])
+        return SimpleNamespace(stdout=printed.getvalue())
+
+    monkeypatch.setattr(benchmark, "subprocess", SimpleNamespace(run=run_here))
     sizes = ["--pairs", "3", "--image_tokens", "4", "--text_tokens", "5", "--width", "6", "--device", "cpu"]
     benchmark.main([*sizes, "--compare"])
     [row] = json.loads(benchmark.RESULTS.read_text())
@@ -172,3 +181,21 @@ def test_kill_and_resume_compares_contents_and_not_file_names():
     assert benchmark.digest(first) == benchmark.digest(second)
     assert benchmark.digest(first) != benchmark.digest({"a": torch.arange(3), "b": [1, 3]})
     assert "--streaming" in benchmark.command(Path("root"), (True, 2), "run")
+
+
+def test_long_captions_measures_short_and_long_captions_before_and_after(tmp_path, capsys):
+    benchmark = load_benchmark("long_captions.py")
+    sizes = ["--train_sets", "2", "--validation_sets", "1", "--steps", "2", "--long_steps", "2"]
+    benchmark.main(["--folder", str(tmp_path / "run"), *sizes, "--output_file", str(tmp_path / "long.json")])
+    record = json.loads((tmp_path / "long.json").read_text())
+    committed = json.loads((BENCHMARKS / "results" / "long_captions.json").read_text())
+    assert set(record) == set(committed)
+    stages = [(row["model"], row["captions"]) for row in record["rows"]]
+    assert stages == [(row["model"], row["captions"]) for row in committed["rows"]]
+    for result in (record, committed):
+        short, long = result["tokens"]["caption"], result["tokens"]["long_caption"]
+        assert short[1] <= 20 and 80 <= long[0] and long[1] <= 248
+        before, stretched = (
+            {name: value for name, value in row.items() if name != "model"} for row in result["rows"][::2][:2]
+        )
+        assert before == stretched  # short captions use positions that stay

@@ -1,14 +1,15 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Conversion of whole models: equal to the original, back to the bit, and what MLIP adds."""
 
+import importlib
 import json
-import subprocess
 import sys
 
 import open_clip
 import pytest
 import torch
 from conversion_cases import VARIANTS, clip_folder, model_cfg_of, open_clip_folder, open_clip_model
+from processes import run_in_fork
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
@@ -19,6 +20,7 @@ from modeling_mlip.conversion.checkpoints import convert, convert_checkpoint
 from modeling_mlip.conversion.convert import main
 from modeling_mlip.conversion.export import export_checkpoint
 from modeling_mlip.conversion.speedup import choose_merging
+from modeling_mlip.hub.text_context import stretch_positions
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -165,6 +167,18 @@ def test_command_chooses_the_merging_for_a_speedup(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_command_stretches_the_context_of_captions(tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "longer", ({}, {"context_length": 30}, {}))
+    source = open_clip_folder(tmp_path / "source", "longer")
+    main([str(source), str(tmp_path / "mlip"), "--max-seq-length", "50"])
+    model, processor = AutoModel.from_pretrained(tmp_path / "mlip"), AutoProcessor.from_pretrained(tmp_path / "mlip")
+    assert model.config.text_config.max_position_embeddings == processor.tokenizer.model_max_length == 50
+    weight = load_file(source / "open_clip_model.safetensors")["positional_embedding"]
+    stretched = model.text_model.embeddings.position_embedding.weight
+    torch.testing.assert_close(stretched, stretch_positions(weight, 50), rtol=0, atol=0)
+    assert "stretched from 30 to 50 tokens" in (tmp_path / "mlip" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("use", ["gate", "frequency_embed_weight"])
 def test_a_used_frequency_stage_is_dropped_only_on_request(tmp_path, use):
     source, _ = clip_folder(tmp_path / "clip")
@@ -192,14 +206,18 @@ def test_what_transformers_clip_cannot_compute_is_refused(tmp_path, variant):
 
 def test_conversion_does_without_open_clip(tmp_path):
     source, _ = clip_folder(tmp_path / "clip")
-    code = (
-        "import sys; sys.modules['open_clip'] = None\n"
-        "from modeling_mlip.conversion.convert import main\n"
-        f"main([{str(source)!r}, {str(tmp_path / 'mlip')!r}])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Parity with transformers" in done.stdout
+
+    def convert_without_open_clip() -> int:
+        for name in [name for name in sys.modules if name.startswith(("open_clip", "modeling_mlip.conversion"))]:
+            del sys.modules[name]
+        sys.modules["open_clip"] = None
+        importlib.import_module("modeling_mlip.conversion.convert").main([str(source), str(tmp_path / "mlip")])
+        return 0
+
+    status = run_in_fork(convert_without_open_clip, tmp_path / "log.txt")
+    printed = (tmp_path / "log.txt").read_text()
+    assert status == 0, printed
+    assert "Parity with transformers" in printed
 
 
 def test_an_mlip_folder_is_read_strictly(tmp_path):

@@ -276,7 +276,7 @@ def test_towers_that_are_not_supported_are_named_and_nothing_is_written(tmp_path
         "convnext_base_w": "convnext_base",
         "ViTamin-L": "vitamin_large_224",
         "RN50": "ResNet image tower",
-        "nllb-clip-base-siglip": "facebook/nllb-200-distilled-600M",
+        "mt5-base-ViT-B-32": "google/mt5-base",
     }.items():
         message = refusal(tmp_path, open_clip.get_model_config(name))
         assert tower in message and "MLIP converts" in message

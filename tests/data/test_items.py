@@ -14,7 +14,14 @@ from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset
 from modeling_mlip.data.collators import PairCollator
 from modeling_mlip.data.columns import find_columns
 from modeling_mlip.data.images import augmentation, read_image
-from modeling_mlip.data.items import PairDataset, StreamedPairDataset, set_epoch, split_by_process
+from modeling_mlip.data.items import (
+    KeptPairs,
+    PairDataset,
+    StreamedPairDataset,
+    build_pairs,
+    set_epoch,
+    split_by_process,
+)
 from modeling_mlip.data.sources import load_pairs
 
 # Items
@@ -47,6 +54,28 @@ def test_random_choices_depend_on_seed_epoch_and_index_alone(transform):
     state = torch.get_rng_state()
     dataset[0]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_kept_items_equal_new_ones_and_are_made_once(transform, monkeypatch):
+    dataset = pairs(image_dataset([encoded(picture(n)) for n in range(3)], ["a", "b", "c"]), transform, training=True)
+    kept = KeptPairs(dataset)
+    expected = [dataset[index] for index in range(3)]
+    first = [kept[index] for index in range(3)]
+    first[0].pop("captions")  # as a collator may do
+    monkeypatch.setattr(PairDataset, "item", None)  # a second decoding would fail
+    for index, item in enumerate(expected):
+        again = kept[index]
+        assert torch.equal(again.pop("pixel_values"), item.pop("pixel_values")) and again == item
+    assert len(kept) == 3
+
+
+@pytest.mark.parametrize("changes", [{"augment": True}, {"caption_policy": "random"}, {"stream": True}])
+def test_items_that_change_cannot_be_kept_in_memory(changes):
+    rows = image_dataset([encoded(picture())], ["a"])
+    rows = rows.to_iterable_dataset() if changes.pop("stream", False) else rows
+    options = {"augment": False, "caption_policy": "first", **changes}
+    with pytest.raises(ValueError, match="keep_in_memory=True with augment="):
+        build_pairs(rows, None, training=True, keep_in_memory=True, **options)
 
 
 def test_persistent_workers_see_the_epoch_change(transform):

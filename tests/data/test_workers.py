@@ -74,8 +74,9 @@ def test_persistent_workers_of_every_start_method_follow_the_epoch(start_method,
     assert not torch.equal(pixels[0], pixels[2])
 
 
-@pytest.mark.parametrize("start_method", START_METHODS)
-def test_workers_of_every_start_method_read_streams(start_method, shards, processor, tokenizer):
+@pytest.mark.parametrize("start_method", [method for method in START_METHODS if method != "spawn"])
+def test_workers_read_streams_whether_forked_or_not(start_method, shards, processor, tokenizer):
+    """Workers of "spawn" get the same pickle as those of "forkserver"."""
     stream = load_pairs(train_file=shards["tar"], streaming=True)["train"]
     dataset = build_pairs(stream, processor, training=False)
     options = dict(batch_size=4, collate_fn=EvaluationCollator(tokenizer, 8))

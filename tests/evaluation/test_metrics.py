@@ -21,7 +21,7 @@ from modeling_mlip.evaluation.metrics import (
     zero_shot_metrics,
 )
 from modeling_mlip.evaluation.token_rescoring import token_rescore
-from modeling_mlip.losses import token_scores
+from modeling_mlip.token_similarity import token_scores
 
 EOS = 59
 
@@ -141,6 +141,32 @@ def test_equal_captions_count_as_one():
     assert without["text_to_image_recall@1"] == pytest.approx(200 / 3)
 
 
+def test_recall_by_length_is_the_recall_of_the_captions_of_that_length_among_all_images():
+    pairs = noisy_pairs()
+    num_captions = len(pairs[1])
+    lengths = torch.randint(5, 40, (num_captions,), generator=torch.Generator().manual_seed(0))
+    lengths[:5] = torch.tensor([20, 21, 77, 78, 300])
+    found = retrieval_metrics(*pairs, caption_lengths=lengths)
+    whole = retrieval_metrics(*pairs)
+    assert {name: found.pop(name) for name in whole} == whole
+    groups = {"up_to_20": lengths <= 20, "21_to_77": (lengths > 20) & (lengths < 78), "above_77": lengths > 77}
+    images, texts, caption_image, caption_ids = pairs
+    scores = torch.nn.functional.cosine_similarity(texts[:, None], images[None], dim=-1)  # (T, I)
+    owners = (caption_ids[:, None] == caption_ids).float() @ torch.eye(len(images))[caption_image] > 0  # (T, I)
+    for k in (1, 5, 10):
+        is_hit = owners.gather(1, scores.topk(k, dim=1).indices).any(dim=1)
+        for name, inside in groups.items():
+            value = found.pop(f"text_to_image_{name}_tokens_recall@{k}")
+            assert value == pytest.approx(100 * is_hit[inside].float().mean().item())
+    assert not found
+
+
+def test_captions_of_one_length_group_have_no_recall_of_their_own():
+    pairs = noisy_pairs()
+    lengths = torch.full((len(pairs[1]),), 20)
+    assert retrieval_metrics(*pairs, caption_lengths=lengths) == retrieval_metrics(*pairs)
+
+
 def test_zero_shot_accuracy_equals_topk():
     torch.manual_seed(0)
     labels, class_embeds = torch.randint(9, (200,)), torch.randn(9, 16)
@@ -205,6 +231,7 @@ def collate(pixel_values, captions) -> dict:
         "input_ids": torch.tensor([caption + [EOS] * (length - len(caption)) for _, caption in flat]),
         "attention_mask": torch.tensor([[1] * len(caption) + [0] * (length - len(caption)) for _, caption in flat]),
         "caption_image": torch.tensor([image for image, _ in flat], dtype=torch.long),
+        "caption_lengths": torch.tensor([len(caption) for _, caption in flat], dtype=torch.long),
         "kept": torch.arange(len(pixel_values)),  # one more came after them, and was skipped
         "skipped": [f"after image {len(pixel_values)}"],
         "num_truncated": 2,
@@ -373,6 +400,7 @@ def test_token_scores_of_reranking_are_those_of_the_loss(instance_loss):
             model.logit_bias.fill_(0.0)  # it would change no order
     pairs = pairs_batch(6)
     batch = {**pairs, "caption_image": torch.arange(6), "kept": torch.arange(6), "skipped": [], "num_truncated": 0}
+    batch["caption_lengths"] = pairs["attention_mask"].sum(dim=1)
     encoded = encode_pairs(model, [batch], "cpu", "encode", with_tokens=True)
     with torch.no_grad():
         outputs = model(**pairs, return_pairs=True)
@@ -390,6 +418,7 @@ def test_tokens_of_several_settings_in_one_pass_are_those_of_a_pass_each():
     model = open_gate(small_model())
     pairs = pairs_batch(4)
     batch = {**pairs, "caption_image": torch.arange(4), "kept": torch.arange(4), "skipped": [], "num_truncated": 0}
+    batch["caption_lengths"] = pairs["attention_mask"].sum(dim=1)
     settings = [lambda: model.set_merge_ratio(0), lambda: model.set_merge_ratio(0.5)]
     together = encode_variants(model, [batch, batch], "cpu", "encode", settings, with_tokens=True)
     for apply_setting, found in zip(settings, together, strict=True):

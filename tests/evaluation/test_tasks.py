@@ -44,7 +44,7 @@ def test_evaluate_equals_the_command(model, processor, sources, splits, files, t
     theirs = run_evaluate(sources["mlip"], tmp_path, *flags)
     ours = values_by_name(results)
     assert ours == {name: theirs[name] for name in ours}
-    assert len(ours) == 7 + 3 + 7 + 3 + 4
+    assert len(ours) == 7 + 6 + 3 + 7 + 3 + 4  # six by caption length: some captions have more than 20 tokens
     assert {result.task for result in results} == set(TASKS)
     assert {(result.split, result.setting["merge_ratio"]) for result in results} == {("validation", 0.5)}
     assert results[-1].setting == {"column": "colour", "shots": 2, "seeds": 2, "merge_ratio": 0.5}
@@ -205,3 +205,16 @@ def test_option_names_are_unique_among_tasks():
     for task in TASKS.values():
         for option in task.Options.__dataclass_fields__.values():
             assert option.metadata["help"]
+
+
+def test_retrieval_reports_the_recall_of_short_and_long_captions(model, processor, splits):
+    rows = splits["validation"].select(range(8))
+    captions = [caption if n % 2 else f"{caption} {'red ' * 30}" for n, caption in enumerate(rows["caption"])]
+    mixed = rows.remove_columns("caption").add_column("caption", captions)
+    found = {result.name: result for result in evaluate(model, processor, mixed, tasks=["retrieval"])}
+    groups = ("up_to_20_tokens", "21_to_77_tokens")  # the second one is longer than the context of 20 tokens
+    names = [f"text_to_image_{group}_recall@{k}" for group in groups for k in (1, 5, 10)]
+    assert set(names) <= set(found) and len(found) == 7 + len(names)
+    assert found[names[0]].setting["caption_length"] == "up_to_20_tokens"
+    mean = sum(found[f"text_to_image_{group}_recall@1"].value for group in groups) / 2
+    assert mean == pytest.approx(found["text_to_image_recall@1"].value)

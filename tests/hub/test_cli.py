@@ -50,6 +50,12 @@ def test_an_error_of_the_user_is_one_line(raising, error, capsys):
     assert lines == [f"mlip fail: error: {error}"]
 
 
+def test_an_error_names_the_flag_to_give(raising, capsys):
+    raising(FileExistsError("out exists: choose another folder, or set overwrite=True to replace it."))
+    assert cli.main(["fail"]) == 1
+    assert "or set --overwrite to replace it." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [KeyError("eval_loss"), RuntimeError("size mismatch"), AttributeError("None.x")])
 def test_a_bug_is_one_line_with_a_file_of_its_traceback(raising, error, capsys):
     raising(error)

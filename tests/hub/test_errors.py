@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 
 from modeling_mlip import MLIPConfig
-from modeling_mlip.hub.errors import error_line, hub_errors, is_user_error
+from modeling_mlip.hub.errors import error_line, hub_errors, is_user_error, with_flags
 
 
 def http_error(status: int) -> HTTPError:
@@ -20,6 +20,18 @@ def test_a_wrong_configuration_is_one_line_without_the_validator_around_it():
     with pytest.raises(StrictDataclassError) as caught:
         MLIPConfig(merge_ratio=2)
     assert error_line(caught.value).startswith("merge_ratio=2 ")
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("out exists: set overwrite=True to replace it.", "out exists: set --overwrite to replace it."),
+        ("choose one with caption_column=NAME.", "choose one with --caption_column NAME."),
+        ("merge_ratio=1.5 is not a fraction, a.b=True, c=None", "merge_ratio=1.5 is not a fraction, a.b=True, c=None"),
+    ],
+)
+def test_the_command_line_shows_the_parameters_to_set_as_flags(message, expected):
+    assert with_flags(message) == expected
 
 
 def test_messages_about_files_lose_their_line_breaks():

@@ -1,24 +1,22 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Saved folders load without the package, pushed folders arrive complete, and damaged folders are refused.
 
-"Without the package" is a new process that can import everything that is installed here except this package.
+"Without the package" is a process that can import everything that is installed here except this package.
 """
 
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import TEXT, VISION, open_gate, small_config, small_model
-from hub_server import OTHER_TOKEN, TOKEN, running_hub
+from hub_server import OTHER_TOKEN, Hub, client_environment, running_hub, use_hub
 from PIL import Image
+from processes import CleanProcess, running_clean_process
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
@@ -26,6 +24,7 @@ import modeling_mlip
 from modeling_mlip import MLIPConfig, MLIPModel, MLIPTextConfig, MLIPVisionConfig
 from modeling_mlip.data.caption_tokenizer import train_tokenizer
 from modeling_mlip.data.shapes import shapes_dataset
+from modeling_mlip.hub import push as push_command
 from modeling_mlip.hub import without_package
 from modeling_mlip.hub.cli import main as mlip
 from modeling_mlip.hub.loading import load_pretrained, load_saved
@@ -42,12 +41,11 @@ CLASSES = [
 
 # Loads every folder with the Auto classes, writes the outputs to a file, and saves the models again.
 LOAD_AND_SAVE = """
-import importlib.util, json, sys
+import json, sys
 from pathlib import Path
 import torch, transformers
 from safetensors.torch import save_file
 
-assert importlib.util.find_spec("modeling_mlip") is None
 sys.path.insert(0, {script_folder!r})
 from without_package import collect_outputs, load_without_package
 
@@ -116,37 +114,27 @@ def hub(tmp_path_factory):
         yield server
 
 
+@pytest.fixture
+def online(hub, tmp_path, monkeypatch) -> Hub:
+    """The Hub, for calls in this process too."""
+    use_hub(hub, monkeypatch, tmp_path / "cache")
+    return hub
+
+
 @pytest.fixture(scope="module")
-def site_without_package(tmp_path_factory) -> str:
-    """A folder to import from: all that is installed here but this package."""
-    folder = tmp_path_factory.mktemp("site")
-    for site in [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]:
-        for path in site.iterdir():
-            if "modeling_mlip" not in path.name and not (folder / path.name).exists():
-                (folder / path.name).symlink_to(path)
-    return str(folder)
-
-
-def run(arguments: list[str], cwd: Path, hub=None, fails: bool = False, **environment: str) -> str:
-    """Output and errors of a Python process that knows no Hub but `hub`, and no cache but its own."""
-    given = {"HF_HOME": str(cwd / "cache"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-    given |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url} if hub else {}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env={**os.environ, **given, **environment}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert (done.returncode != 0) == fails, done.stdout
-    return done.stdout
+def clean_process(hub, tmp_path_factory):
+    with running_clean_process(tmp_path_factory.mktemp("clean"), client_environment(hub)) as process:
+        yield process
 
 
 def run_without_package(
-    folders: dict[str, str], cwd: Path, site: str, again: str = "", hub=None
+    process: CleanProcess, folders: dict[str, str], cwd: Path, again: str = "", online: bool = False
 ) -> dict[str, torch.Tensor]:
-    script = LOAD_AND_SAVE.format(script_folder=str(cwd / "alone"))
-    (cwd / "alone").mkdir(exist_ok=True)  # alone: beside it lie files that would be found first
-    shutil.copy(without_package.__file__, cwd / "alone")
+    alone = cwd / "alone"  # beside it lie files that would be found first
+    alone.mkdir(exist_ok=True)
+    shutil.copy(without_package.__file__, alone)
     out = str(cwd / "seen.safetensors")
-    run(["-S", "-P", "-c", script, json.dumps(folders), again, out], cwd, hub, PYTHONPATH=site)
+    process.run(LOAD_AND_SAVE.format(script_folder=str(alone)), [json.dumps(folders), again, out], cwd, online)
     return load_file(out)
 
 
@@ -165,16 +153,13 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # Without this package
 
 
-def test_every_class_loads_bit_for_bit_without_the_package_and_after_a_second_save(
-    saved, site_without_package, tmp_path
-):
+def test_every_class_loads_bit_for_bit_without_the_package_and_after_a_second_save(saved, clean_process, tmp_path):
     expected = {f"{name} {key}": value for name, folder in saved.items() for key, value in outputs_of(folder).items()}
     assert len(saved) == 6 and sum("output" in name for name in expected) > 12
-    first = run_without_package(saved, tmp_path, site_without_package, again=str(tmp_path / "again"))
+    first = run_without_package(clean_process, saved, tmp_path, again=str(tmp_path / "again"))
     assert_equal(first, expected)
     again = {name: str(tmp_path / "again" / name) for name in saved}
-    shutil.rmtree(tmp_path / "cache")
-    assert_equal(run_without_package(again, tmp_path, site_without_package), expected)
+    assert_equal(run_without_package(clean_process, again, tmp_path), expected)
     for name, folder in again.items():
         for config in (json.load(open(f"{folder}/config.json")), json.load(open(f"{saved[name]}/config.json"))):
             assert not any("--" in reference for reference in config["auto_map"].values())
@@ -195,110 +180,91 @@ def test_auto_classes_load_the_same_class_with_and_without_the_package(model_cla
 # Over HTTP
 
 
-def test_push_to_hub_of_model_and_processor_and_back_by_its_id(saved, hub, site_without_package, tmp_path):
-    script = """
-import sys
-from modeling_mlip import MLIPModel
-from transformers import AutoProcessor
-MLIPModel.from_pretrained(sys.argv[1]).push_to_hub("ada/pushed")
-AutoProcessor.from_pretrained(sys.argv[1]).push_to_hub("ada/pushed", private=True)
-"""
-    run(["-c", script, saved["MLIPModel"]], tmp_path, hub)
-    assert ("PUT", f"lfs/{hub.tree('ada/pushed')['model.safetensors'].resolve().name}") in hub.requests
-    loaded = run_without_package(
-        {"MLIPModel": "ada/pushed"}, tmp_path, site_without_package, again=str(tmp_path / "again"), hub=hub
-    )
+def test_push_to_hub_of_model_and_processor_and_back_by_its_id(saved, online, clean_process, tmp_path):
+    MLIPModel.from_pretrained(saved["MLIPModel"]).push_to_hub("ada/pushed")
+    AutoProcessor.from_pretrained(saved["MLIPModel"]).push_to_hub("ada/pushed", private=True)
+    assert ("PUT", f"lfs/{online.tree('ada/pushed')['model.safetensors'].resolve().name}") in online.requests
+    again = str(tmp_path / "again")
+    loaded = run_without_package(clean_process, {"MLIPModel": "ada/pushed"}, tmp_path, again, online=True)
     expected = {f"MLIPModel {key}": value for key, value in outputs_of(saved["MLIPModel"]).items()}
     assert_equal(loaded, expected)
-    assert ("GET", "ada/pushed/resolve/" + hub.info("ada/pushed")["sha"] + "/modeling_mlip.py") in hub.requests
+    assert ("GET", "ada/pushed/resolve/" + online.info("ada/pushed")["sha"] + "/modeling_mlip.py") in online.requests
     # The second save stands alone: no reference back to the Hub, and all the code.
     config = json.load(open(tmp_path / "again" / "MLIPModel" / "config.json"))
     assert not any("--" in reference for reference in config["auto_map"].values())
-    assert "equal to the bit" in verify_folder(str(tmp_path / "again" / "MLIPModel"))
+    assert_equal(run_without_package(clean_process, {"MLIPModel": f"{again}/MLIPModel"}, tmp_path), expected)
 
 
-def test_mlip_push_uploads_the_folder_without_pickles(copy, hub, tmp_path):
+def test_mlip_push_uploads_the_folder_without_pickles(copy, online, monkeypatch, capsys):
     (copy / "checkpoint-2").mkdir()
     for name in ("checkpoint-2/optimizer.pt", "training_args.bin"):
         (copy / name).write_bytes(b"a pickle")
-    command = ["-m", "modeling_mlip.hub.cli", "push", str(copy), "ada/mine"]
-    printed = run([*command, "--private", "--commit_message", "First"], tmp_path, hub)
-    assert "equal to the bit" in printed and f"Pushed to {hub.url}/ada/mine" in printed
-    sent = {name: path.read_bytes() for name, path in hub.tree("ada/mine").items()}
+    command = ["push", str(copy), "ada/mine", "--space", "--space_requirement", "modeling-mlip[app]"]
+    assert mlip([*command, "--private", "--commit_message", "First"]) == 0
+    printed = capsys.readouterr().out
+    assert "equal to the bit" in printed and f"Pushed to {online.url}/ada/mine" in printed
+    assert f"The Space is {online.url}/spaces/ada/mine" in printed and online.info("spaces/ada/mine")["private"]
+    sent = {name: path.read_bytes() for name, path in online.tree("ada/mine").items()}
     assert sent == {
         path.name: path.read_bytes() for path in copy.iterdir() if path.is_file() and "bin" not in path.name
     }
-    assert hub.info("ada/mine")["private"] and hub.info("ada/mine")["message"] == "First"
-    before = len(hub.requests)
-    assert "Nothing was pushed" in run([*command, "--dry_run"], tmp_path, hub)
-    assert len(hub.requests) == before
+    assert online.info("ada/mine")["private"] and online.info("ada/mine")["message"] == "First"
+    before = len(online.requests)
+    monkeypatch.setattr(push_command, "verify_folder", lambda folder: f"{folder} is verified.")
+    assert mlip([*command, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{copy} is verified." in printed and "Nothing was pushed" in printed
+    assert len(online.requests) == before
 
 
-def test_an_interrupted_upload_goes_on_and_refusals_say_why(saved, hub, tmp_path):
-    model = load_saved(saved["MLIPModel"])
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
-    shards = list((tmp_path / "sharded").glob("*.safetensors"))
+def test_an_interrupted_upload_goes_on_and_refusals_say_why(saved, online, tmp_path, monkeypatch):
+    folder = tmp_path / "sharded"
+    load_saved(saved["MLIPModel"]).save_pretrained(folder, max_shard_size="60KB")
+    shards = list(folder.glob("*.safetensors"))
     assert len(shards) > 3 and all(path.stat().st_size > 10_000 for path in shards)
-    script = f"""
-import os, sys
-import huggingface_hub
-from modeling_mlip.hub.push import push
-def attempt(repo, private=False):
-    try:
-        print("URL", push("sharded", repo, private))
-    except (OSError, ValueError) as error:
-        print("REFUSED", error)
-attempt("ada/large")
-attempt("ada/large")
-attempt("ada/large", private=True)
-attempt("bob/large")
-os.environ["HF_TOKEN"] = {OTHER_TOKEN!r}
-attempt("ada/large")
-os.environ["HF_TOKEN"] = "hf_wrong"
-attempt("ada/large")
-huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"
-attempt("ada/large")
-"""
-    hub.uploads_until_failure = 2
-    printed = run(["-c", script], tmp_path, hub)
-    lines = [line for line in printed.splitlines() if line.startswith(("URL", "REFUSED"))]
-    failed, done, public, forbidden, reader, unknown, unreachable = lines
-    assert failed.startswith("REFUSED ada/large") and "507" in failed and "not sent twice" in failed
-    assert done == f"URL {hub.url}/ada/large"
-    assert "is public" in public
+
+    def refusal(repo: str, private: bool = False) -> str:
+        with pytest.raises((OSError, ValueError)) as refused:
+            push_command.push(str(folder), repo, private)
+        return str(refused.value)
+
+    online.uploads_until_failure = 2
+    failed = refusal("ada/large")
+    assert failed.startswith("ada/large") and "507" in failed and "not sent twice" in failed
+    assert push_command.push(str(folder), "ada/large") == f"{online.url}/ada/large"
+    assert "is public" in refusal("ada/large", private=True)
+    forbidden = refusal("bob/large")
     assert "403" in forbidden and "bob/large" in forbidden and "hf auth login" in forbidden
-    assert "403" in reader
+    monkeypatch.setenv("HF_TOKEN", OTHER_TOKEN)
+    assert "403" in refusal("ada/large")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    unknown = refusal("ada/large")
     assert "401" in unknown and "hf auth login" in unknown
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    unreachable = refusal("ada/large")
     assert "127.0.0.1:9" in unreachable and "refused" in unreachable
     # Every shard arrived, and but for the one that failed each was sent once.
-    sent = [path for method, path in hub.requests if method == "PUT"]
-    oids = [hub.tree("ada/large")[path.name].resolve().name for path in shards]
+    sent = [path for method, path in online.requests if method == "PUT"]
+    oids = [online.tree("ada/large")[path.name].resolve().name for path in shards]
     assert sum(sent.count(f"lfs/{oid}") for oid in oids) == len(shards) + 1
     assert max(sent.count(f"lfs/{oid}") for oid in oids) == 2
 
 
-def test_training_pushes_its_own_card_and_code_with_every_commit(hub, site_without_package, tmp_path):
-    flags = [
-        "--dataset_name",
-        "shapes",
-        "--max_train_samples",
-        "32",
-        "--max_eval_samples",
-        "16",
-        "--config_name",
-        "tiny",
-    ]
-    flags += ["--hidden_size", "48", "--num_hidden_layers", "2", "--num_attention_heads", "3", "--patch_size", "16"]
-    flags += ["--merge_ratio", "0.5", "--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "16"]
-    flags += ["--push_to_hub", "--hub_always_push", "--use_cpu", "--output_dir", "run"]
-    command = ["-m", "modeling_mlip.hub.cli", "train", *flags, "--hub_model_id"]
-    run([*command, "ada/trained"], tmp_path, hub)
-    tree = hub.tree("ada/trained")
+def test_training_pushes_its_own_card_and_code_with_every_commit(online, clean_process, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("modeling_mlip.data.sources.shapes_dataset", lambda: shapes_dataset(32, 16))
+    data = "--dataset_name shapes --max_train_samples 32 --max_eval_samples 16"
+    model = "--config_name tiny --hidden_size 48 --num_hidden_layers 2 --num_attention_heads 3 --patch_size 16"
+    steps = "--merge_ratio 0.5 --max_steps 4 --save_steps 2 --per_device_train_batch_size 16 --use_cpu"
+    pushing = "--push_to_hub --hub_always_push --output_dir run --hub_model_id"
+    command = ["train", *f"{data} {model} {steps} {pushing}".split()]
+    assert mlip([*command, "ada/trained"]) == 0
+    tree = online.tree("ada/trained")
     for name in ("README.md", "model.safetensors", "config.json", "modeling_mlip.py", "tokenizer.json"):
         assert tree[name].read_bytes() == (tmp_path / "run" / name).read_bytes(), name
     assert "This model is a fine-tuned version" not in tree["README.md"].read_text()  # Trainer's draft
     assert "recall@1" in tree["README.md"].read_text() and "merge_ratios.png" in tree
-    commits = [path for path in hub.repo("ada/trained").iterdir() if (path / "model.safetensors").exists()]
+    commits = [path for path in online.repo("ada/trained").iterdir() if (path / "model.safetensors").exists()]
     assert len(commits) > 1
     for commit in commits:
         assert {path.name for path in commit.glob("*.py")} == {path.name for path in (tmp_path / "run").glob("*.py")}
@@ -307,13 +273,13 @@ def test_training_pushes_its_own_card_and_code_with_every_commit(hub, site_witho
     blocks = re.findall(r"```python\n(.*?)```", tree["README.md"].read_text(), flags=re.DOTALL)
     assert len(blocks) == 2
     code = "".join(blocks).replace("path/to/run", "ada/trained")  # the reader's place of the model
-    printed = run(["-S", "-P", "-c", code + "\nprint(probabilities.shape, model.config.merge_ratio)"],
-                  tmp_path, hub, PYTHONPATH=site_without_package)  # fmt: skip
-    assert "torch.Size([1, 2]) 0.5" in printed
+    code += "\nprint(probabilities.shape, model.config.merge_ratio)"
+    assert "torch.Size([1, 2]) 0.5" in clean_process.run(code, [], tmp_path, online=True)
     # Refused before the first step
     shutil.rmtree(tmp_path / "run")
-    printed = run([*command, "bob/trained"], tmp_path, hub, fails=True)
-    assert "mlip train: error: --push_to_hub: 403" in printed and "Traceback" not in printed
+    capfd.readouterr()
+    assert mlip([*command, "bob/trained"]) == 1
+    assert error_of(capfd, "train").startswith("mlip train: error: --push_to_hub: 403")
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -8,13 +8,8 @@ import torch
 from model_cases import unit
 
 from modeling_mlip import MLIPConfig
-from modeling_mlip.losses import (
-    PairEmbeddings,
-    TokenEmbeddings,
-    aligned_image_tokens,
-    aligned_token_loss,
-    multi_level_loss,
-)
+from modeling_mlip.losses import PairEmbeddings, aligned_token_loss, multi_level_loss
+from modeling_mlip.token_similarity import TokenEmbeddings, aligned_image_tokens
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""losses.py against loops over pairs, and against the loss of transformers' CLIP."""
+"""losses.py and token_similarity.py against loops over pairs, and against the loss of transformers' CLIP."""
 
 import math
 
@@ -15,7 +15,6 @@ from modeling_mlip.losses import (
     PairEmbeddings,
     SigmoidColumns,
     SigmoidRows,
-    TokenEmbeddings,
     caption_keys,
     grouped_token_loss,
     info_nce,
@@ -28,8 +27,8 @@ from modeling_mlip.losses import (
     temperature,
     to_device,
     token_loss,
-    token_scores,
 )
+from modeling_mlip.token_similarity import TokenEmbeddings, token_scores
 
 
 def tokens_of(I: int, M: int, T: int, L: int, P: int = 6) -> tuple[torch.Tensor, ...]:

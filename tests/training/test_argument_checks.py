@@ -260,8 +260,8 @@ WORKING = {
         lambda t: t.get_train_dataloader().prefetch_factor == 3,
     ),
     "dataloader_multiprocessing_context": (
-        {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"},
-        lambda t: t.get_train_dataloader().multiprocessing_context.get_start_method() == "spawn",
+        {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "forkserver"},
+        lambda t: t.get_train_dataloader().multiprocessing_context.get_start_method() == "forkserver",
     ),
     "dataloader_pin_memory": ({"dataloader_pin_memory": False}, lambda t: not t.get_train_dataloader().pin_memory),
     "accelerator_config": (

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from modeling_mlip.training.arguments import MLIPTrainingArguments
 from modeling_mlip.training.distributed import Exchange
 from modeling_mlip.training.mini_batches import RandomState, join_rows, split_rows
 from modeling_mlip.training.objective import ModelLosses, Objective, ObjectivePart
+from modeling_mlip.training.short_caption_loss import ShortCaptionLoss
 from modeling_mlip.training.trainer import NO_DECAY, MLIPTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -42,6 +44,11 @@ SHARES = {1: [11], 2: [4, 7], 3: [2, 4, 5]}  # pairs of each process
 MINI_BATCH_SIZES = {1: 4, 2: 3, 3: 3}  # which cut a share into mini-batches of different sizes
 STEPS = 10  # of AdamW; some cases take two
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
+# Arguments of fine-tuning, by name.
+RECIPES = {
+    "LoRA": {"lora_rank": 2, "lora_alpha": 3.0, "layer_decay": 0.5},
+    "frozen parts": {"freeze": "text", "freeze_layers": 1, "layer_decay": 0.5},
+}
 
 
 class ToyPart(ObjectivePart):
@@ -71,6 +78,22 @@ class ToyPart(ObjectivePart):
         self.num_steps += 1
 
 
+class ShortCaptions(ShortCaptionLoss):
+    """The loss of short captions on captions made of the batch, with fewer components than there are pairs."""
+
+    input_names = ("n",)
+
+    def __init__(self):
+        super().__init__(weight=0.5, num_components=4)
+
+    def rows(self, model, outputs, inputs):
+        input_ids = inputs["input_ids"].clone()
+        input_ids[:, 1] = inputs["n"].long() % 5
+        return super().rows(
+            model, outputs, {"short_input_ids": input_ids, "short_attention_mask": inputs["attention_mask"]}
+        )
+
+
 def cases(world_size: int, quick: bool) -> dict[str, dict]:
     """name -> what differs from one plain pass over captions that all differ; quick: most take two steps."""
     split = {"mini_batch_size": MINI_BATCH_SIZES[world_size]}
@@ -82,6 +105,8 @@ def cases(world_size: int, quick: bool) -> dict[str, dict]:
         "mini-batches, duplicates": {**duplicates, **split},
         "plain, toy part": {"toy": True},
         "mini-batches, toy part": {"toy": True, **split},
+        "plain, short captions": {"short": True},
+        "mini-batches, short captions": {"short": True, **split},
         "plain, duplicates, sigmoid": {**duplicates, "sigmoid": True},
         "mini-batches, duplicates, sigmoid": {**duplicates, **split, "sigmoid": True},
     }
@@ -93,10 +118,15 @@ def cases(world_size: int, quick: bool) -> dict[str, dict]:
             "mini-batches, duplicates, tokens in groups": {**both, "group_size": 2},
             "mini-batches, duplicates, accumulated": accumulated,
             "mini-batches, duplicates, checkpointing": {**both, "activation_checkpointing": True},
+            "mini-batches, duplicates, LoRA": {**both, "recipe": "LoRA"},
+            "mini-batches, duplicates, frozen parts": {**both, "recipe": "frozen parts"},
             "plain, duplicates, FSDP2": {**duplicates, "steps": 2, **FSDP},
             "mini-batches, duplicates, accumulated, FSDP2": {**accumulated, **FSDP},
             "plain, toy part, FSDP2": {"toy": True, "steps": 2, **FSDP},
+            "mini-batches, short captions, sigmoid, FSDP2": {"short": True, "sigmoid": True, **both, **FSDP},
             "mini-batches, accumulated, toy part, FSDP2": {"toy": True, **accumulated, **FSDP},
+            "mini-batches, duplicates, LoRA, FSDP2": {**both, "recipe": "LoRA", **FSDP},
+            "mini-batches, duplicates, frozen parts, FSDP2": {**both, "recipe": "frozen parts", **FSDP},
         }
     if world_size == 3:
         chosen |= {
@@ -114,6 +144,32 @@ def make_model(dropout: float = 0.0, group_size: int | None = None, sigmoid: boo
     instance_loss = "sigmoid" if sigmoid else "info_nce"
     model = small_model(vision=vision, text=tower, token_loss_group_size=group_size, instance_loss=instance_loss)
     return open_gate(model).double().train()
+
+
+def randomise_adapters(model: MLIPModel) -> None:
+    """B is zero at the start of LoRA, and A has no gradient then."""
+    generator = torch.Generator().manual_seed(3)
+    for _, parameter in sorted((name, p) for name, p in model.named_parameters() if "lora_" in name):
+        with torch.no_grad():
+            parameter.normal_(std=0.1, generator=generator)
+
+
+def apply_recipe(model: MLIPModel, recipe: str | None) -> dict[str, float]:
+    """Makes the parameters of a recipe train, and no others. Returns the learning rate of each, by name."""
+    if recipe == "LoRA":
+        layers = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=3, target_modules=layers), model)
+        randomise_adapters(model)
+    elif recipe == "frozen parts":
+        frozen = ("text", "token_text", "vision_model.embeddings", "vision_model.pre", "vision_model.frequency.")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith((*frozen, "vision_model.encoder.layers.0.")))
+    rates = {}
+    for name in (name for name, parameter in model.named_parameters() if parameter.requires_grad):
+        depth = 2 if name.startswith("text") else 3
+        block = name.partition(".layers.")[2][:1] if "encoder" in name else None
+        rates[name] = 1e-3 * (0.5 ** (depth - int(block)) if recipe and block else 1)
+    return rates
 
 
 def make_batch(duplicates: bool, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -141,7 +197,7 @@ class ModelLossesOnly(ModelLosses):
     input_names = ("n",)
 
 
-def make_trainer(model: MLIPModel, toy: bool = False, **arguments) -> MLIPTrainer:
+def make_trainer(model: MLIPModel, toy: bool = False, short: bool = False, **arguments) -> MLIPTrainer:
     """A trainer that is ready for `training_step`."""
     args = MLIPTrainingArguments(
         "unused",
@@ -152,7 +208,8 @@ def make_trainer(model: MLIPModel, toy: bool = False, **arguments) -> MLIPTraine
         per_device_train_batch_size=NUM_PAIRS,
         **arguments,
     )
-    objective = Objective([ModelLossesOnly(args.token_loss_scope), *([ToyPart()] if toy else [])])
+    further = [*([ToyPart()] if toy else []), *([ShortCaptions()] if short else [])]
+    objective = Objective([ModelLossesOnly(args.token_loss_scope), *further])
     trainer = MLIPTrainer(
         model,
         args,
@@ -161,6 +218,7 @@ def make_trainer(model: MLIPModel, toy: bool = False, **arguments) -> MLIPTraine
         objective=objective,
     )
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    randomise_adapters(model)
     if args.activation_checkpointing:
         model.activation_checkpointing_enable()
     trainer.create_optimizer()
@@ -190,7 +248,8 @@ def step(trainer: MLIPTrainer) -> None:
 
 
 def parameters_of(model: torch.nn.Module, objective: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {**dict(model.named_parameters()), **dict(objective.named_parameters())}
+    named = {**dict(model.named_parameters()), **dict(objective.named_parameters())}
+    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -202,12 +261,15 @@ def run_case(
     steps: int = STEPS,
     group_size: int | None = None,
     toy: bool = False,
+    short: bool = False,
     sigmoid: bool = False,
+    recipe: str | None = None,
     **arguments,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Gradients of the first step and weights after the last one."""
     AcceleratorState._reset_state()
-    trainer = make_trainer(make_model(group_size=group_size, sigmoid=sigmoid), toy, **arguments)
+    arguments |= RECIPES.get(recipe or "", {})
+    trainer = make_trainer(make_model(group_size=group_size, sigmoid=sigmoid), toy, short, **arguments)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     assert isinstance(model, FSDPModule) == ("fsdp" in arguments)
     parameters = parameters_of(model, trainer.training_objective)
@@ -304,7 +366,8 @@ def run_processes(world_size: int, quick: bool, folder: str) -> list[dict[str, d
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_process, args=(world_size, quick, port, folder), nprocs=world_size)
+    given = (world_size, quick, port, folder)
+    torch.multiprocessing.start_processes(run_process, given, nprocs=world_size, start_method="forkserver")
     return [torch.load(f"{folder}/{world_size}-{rank}.pt") for rank in range(world_size)]
 
 
@@ -316,18 +379,22 @@ def reference(
     gradient_accumulation_steps: int = 1,
     local_tokens_of: int | None = None,
     toy: bool = False,
+    short: bool = False,
     sigmoid: bool = False,
+    recipe: str | None = None,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The same by one plain batch in one process, without trainer, wrapper, exchange or mini-batch."""
     model = make_model(group_size=group_size, sigmoid=sigmoid)
-    part = ToyPart()
-    parameters = parameters_of(model, Objective([part] if toy else [ModelLosses()]))
+    rates = apply_recipe(model, recipe)
+    parts = [*([ToyPart()] if toy else []), *([ShortCaptions()] if short else [])]
+    parameters = parameters_of(model, Objective(parts or [ModelLosses()]))
     has_no_decay = {
         name for name, p in parameters.items() if any(word in name for word in NO_DECAY) or name == "parts.toy.scale"
     }
-    no_decay = [parameter for name, parameter in parameters.items() if name in has_no_decay]
-    decay = [parameter for name, parameter in parameters.items() if name not in has_no_decay]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p], "weight_decay": 0.0 if name in has_no_decay else 0.1, "lr": rates.get(name, 1e-3)}
+        for name, p in parameters.items()
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
     gradients = {}
     for step in range(steps):
@@ -338,11 +405,12 @@ def reference(
                 loss = local_token_loss(model, model(**batch, return_pairs=True).pairs, local_tokens_of)
             else:
                 n = batch.pop("n")
-                outputs = model(**batch, return_loss=True)
+                outputs = model(**batch, return_loss=True, return_pairs=True)
                 loss = outputs.loss
-                if toy:
-                    rows = part.rows(model, outputs, {"n": n})
-                    loss = loss + 0.5 * part(model, rows, rows)["toy_loss"]
+                for part in parts:
+                    rows = part.rows(model, outputs, {**batch, "n": n})
+                    [part_loss] = part(model, rows, rows).values()
+                    loss = loss + 0.5 * part_loss
             (loss / gradient_accumulation_steps).backward()
         if step == 0:
             gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}

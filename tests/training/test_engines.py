@@ -11,9 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.run as torchrun
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from conftest import small_model
+from fsdp_on_cpu import run_on_cpu
+from processes import run_in_fork
 from test_interruption import ROOT, command, root  # noqa: F401
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModel
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
@@ -23,26 +27,41 @@ from modeling_mlip.training.starting_point import build_config
 from modeling_mlip.training.trainer import MLIPTrainer
 
 RECIPES = ROOT / "recipes"
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-PROGRAMS = {
-    "DDP, streamed": ["-m", "modeling_mlip.hub.cli"],
-    "FSDP2": [str(ROOT / "tests" / "fsdp_on_cpu.py")],
-}
 
 
-@pytest.mark.parametrize("engine", PROGRAMS)
-def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(engine, root, tmp_path):  # noqa: F811
+def launch_ddp(arguments: list[str]) -> int:
+    """`torchrun`, which starts a new Python for each process."""
+    torchrun.main(["--standalone", "--nproc_per_node", "2", "-m", "modeling_mlip.hub.cli", *arguments])
+    return 0
+
+
+def launch_fsdp(arguments: list[str]) -> int:
+    """`torchrun` for a function: the processes are forks, which import nothing anew."""
+    settings = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
+    config = LaunchConfig(1, 1, nproc_per_node=2, run_id="test", start_method="fork", **settings)
+    return max(elastic_launch(config, run_on_cpu)(arguments).values())
+
+
+ENGINES = {"DDP, streamed": launch_ddp, "FSDP2": launch_fsdp}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(
+    engine,
+    root,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
     folder = tmp_path / "run"
     flags = command(root, (engine == "DDP, streamed", 0), str(folder)) + ["--max_steps", "2", "--save_steps", "2"]
     if engine == "FSDP2":
         flags.remove("--use_cpu")
         flags += ["--ddp_backend", "gloo", "--fsdp", "--fsdp_config", str(RECIPES / "fsdp2.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*LAUNCH, *PROGRAMS[engine], "train", *flags], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Saved to") == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    status = run_in_fork(lambda: ENGINES[engine](["train", *flags]), tmp_path / "log.txt")
+    printed = (tmp_path / "log.txt").read_text()
+    assert status == 0, printed
+    assert printed.count("Saved to") == 1
     checkpoint = folder / "checkpoint-2"
     for path in (folder, checkpoint):
         model, report = AutoModel.from_pretrained(path, output_loading_info=True)
@@ -57,9 +76,15 @@ def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(en
 def test_fsdp_where_accelerate_would_leave_it_out_is_refused():
     starts = dict.fromkeys(("start_merge_ratio", "start_patch_dropout", "start_image_size"))
     args = SimpleNamespace(
-        fsdp=True, device=torch.device("cpu"), mini_batch_size=None, steps_without_patch_dropout=0, **starts
+        fsdp=True,
+        device=torch.device("cpu"),
+        mini_batch_size=None,
+        steps_without_patch_dropout=0,
+        ema_decay=None,
+        **starts,
     )
     trainer = SimpleNamespace(model=small_model(), is_fsdp_enabled=False, is_deepspeed_enabled=False, args=args)
+    trainer.prepare_fine_tuning = lambda: None
     with pytest.raises(ValueError, match="fsdp=True.*does not shard on cpu"):
         MLIPTrainer._prepare_model(trainer)
 

@@ -45,7 +45,7 @@ def test_help_describes_each_key_of_the_configuration_and_its_default(capsys):
         assert len(entry.partition("(default")[0]) > len(f"--{name} VALUE ") + 10, f"{name} has no description"
     words = " ".join(text.split())
     assert "(default: 0.0005)" in words
-    assert "(default: 0.0; with --config_name tiny, vit-b-32, vit-b-16, vit-l-14: 0.5)" in words
+    assert "(default: 0.0; with --config_name nano, tiny, vit-b-32, vit-b-16, vit-l-14: 0.5)" in words
 
 
 @pytest.mark.parametrize("name", ["augment", "sweep"])

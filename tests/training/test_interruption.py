@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from modeling_mlip.training.trainer import MLIPTrainer
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from kill_and_resume import command, ending, write_data  # noqa: E402
+from kill_and_resume import main as kill_and_resume  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,8 @@ def checkpoints(folder: Path) -> list[str]:
 
 def test_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path):
     """Two runs, read and streamed with two workers, each killed twice; `benchmarks/` holds many more."""
-    script, record = ROOT / "benchmarks" / "kill_and_resume.py", tmp_path / "record.json"
-    done = subprocess.run(
-        [sys.executable, str(script), "--rounds", "2", "--output", str(record)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    record = tmp_path / "record.json"
+    assert kill_and_resume(["--rounds", "2", "--output", str(record)]) == 0
     rounds = json.loads(record.read_text())["rounds"]
     assert [entry["identical"] for entry in rounds] == [True, True]
     assert sum(len(entry["killed"]) for entry in rounds) == 4

@@ -42,7 +42,8 @@ def test_a_new_processor_needs_a_tokenizer_or_captions():
         build_processor(config)
     processor = build_processor(config, captions=make_captions(20))
     assert processor.image_processor.crop_size["height"] == 64
-    model = build_model(config, processor.tokenizer)
+    model, new_parameters = build_model(config, processor.tokenizer)
+    assert not new_parameters
     assert model.config.text_config.vocab_size == len(processor.tokenizer)
     assert model.config.text_config.eos_token_id == processor.tokenizer.eos_token_id
 
@@ -65,3 +66,16 @@ def test_a_tokenizer_with_more_tokens_than_the_saved_model_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="leave out tokenizer_name"):
         build_model(model.config, make_processor().tokenizer, model_name_or_path=str(tmp_path))
+
+
+def test_the_parameters_that_the_saved_model_lacks_are_new(tmp_path):
+    processor = make_processor()
+    tokens = {"vocab_size": len(processor.tokenizer)}
+    model = small_model(vision={"frequency_layers": 0}, text=tokens, token_loss_frequency=False)
+    model.save_pretrained(tmp_path)
+    for overrides in ({}, {"frequency_layers": 1, "frequency_loss_weight": 0.5}, {"image_size": 48}):
+        config = build_config(model_name_or_path=str(tmp_path), overrides=overrides)
+        larger, new_parameters = build_model(config, processor.tokenizer, model_name_or_path=str(tmp_path))
+        names = {name for name, _ in larger.named_parameters()}
+        assert new_parameters == names - {name for name, _ in model.named_parameters()}
+        assert ("vision_model.frequency.gate" in new_parameters) == ("frequency_layers" in overrides)

@@ -2,10 +2,7 @@
 """What `mlip train` does for each combination of --do_train, --do_eval, --eval_strategy, --output_dir and resuming."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,16 +86,15 @@ def test_a_finished_run_is_never_written_over(case, drawn, trained, tmp_path, ca
     assert file_digests(trained) == before
 
 
-def test_evaluation_alone_changes_no_file_of_the_run_that_it_evaluates(drawn, trained, tmp_path):
+def test_evaluation_alone_changes_no_file_of_the_run_that_it_evaluates(drawn, trained, tmp_path, monkeypatch, capsys):
     folder = str(tmp_path / "copy")
     (tmp_path / "here").mkdir()
     shutil.copytree(trained, folder)
     before = file_digests(folder)
     flags = train_flags_without_data(folder, "--model_name_or_path", folder, "--validation_file", drawn[1])
-    command = [sys.executable, "-m", "modeling_mlip.hub.cli", *flags, "--do_eval", "--report_to", "tensorboard"]
-    environment = {name: value for name, value in os.environ.items() if name != "TENSORBOARD_LOGGING_DIR"}
-    done = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    assert mlip([*flags, "--do_eval", "--report_to", "tensorboard"]) == 0
     after = file_digests(folder)
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"eval_results.json"}
@@ -106,7 +102,7 @@ def test_evaluation_alone_changes_no_file_of_the_run_that_it_evaluates(drawn, tr
     results = json.loads((tmp_path / "copy" / "eval_results.json").read_text())
     expected = json.loads((Path(trained) / "all_results.json").read_text())
     assert results["eval_mean_recall"] == pytest.approx(expected["eval_mean_recall"])
-    assert "text to image" in done.stdout
+    assert "text to image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("left", ["checkpoint-4", "model.safetensors", "config.json", "trainer_state.json"])

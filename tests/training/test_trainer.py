@@ -48,7 +48,7 @@ def make_trainer(tmp_path, drawn, model=None, rows=None, **arguments) -> MLIPTra
     )
     captions = datasets.load_dataset("parquet", data_files=drawn[0])["train"]["caption"]
     processor = build_processor(config, captions=captions)
-    config.text_config.vocab_size = len(processor.tokenizer)
+    config.text_config.vocab_size, config.text_config.num_hidden_layers = len(processor.tokenizer), 1
     model = model or MLIPModel(config)
     transform = image_transform(processor.image_processor)
     pairs = [PairDataset(rows, "image", "caption", transform, training=t, seed=0) for t in (True, False)]
@@ -82,7 +82,7 @@ def test_a_start_merge_ratio_that_leaves_no_token_is_refused(tmp_path, drawn):
 
 def test_training_raises_the_recall_on_its_pairs(drawn, tmp_path):
     trainer = make_trainer(
-        tmp_path, drawn, max_steps=80, per_device_train_batch_size=48, learning_rate=3e-3, logging_steps=50
+        tmp_path, drawn, max_steps=40, per_device_train_batch_size=48, learning_rate=3e-3, logging_steps=50
     )
     before = trainer.evaluate()["eval_text_to_image_recall@5"]
     trainer.train()
