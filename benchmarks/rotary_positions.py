@@ -6,7 +6,7 @@
 It trains towers with the layers of EVA-02 on drawn shapes, without merging, to tell shape, colour, texture, size and
 place apart: one tower with position embeddings and rotary positions, as EVA-02, and one with rotary positions only.
 Then it merges tokens without further training and compares the embeddings, and how often the five answers are right,
-with those of all tokens. It takes about five minutes on one core.
+with those of all tokens. It takes about seven minutes of one core.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def draw_batch(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torc
     return pixel_values, torch.from_numpy(np.stack(indices, axis=1))
 
 
-def train(tower: MLIPVisionModel, classifier: nn.Linear, steps: int, batch_size: int) -> None:
+def train_tower(tower: MLIPVisionModel, classifier: nn.Linear, steps: int, batch_size: int) -> None:
     """Trains the tower and one linear classifier for all attributes."""
     rng = np.random.default_rng(1)
     parameters = [*filter(lambda parameter: parameter.requires_grad, tower.parameters()), *classifier.parameters()]
@@ -90,12 +90,12 @@ def count_right(pooled: torch.Tensor, classifier: nn.Linear, answers: torch.Tens
 
 
 @torch.inference_mode()
-def measure(tower: MLIPVisionModel, classifier: nn.Linear) -> list[dict]:
+def measure_positions(tower: MLIPVisionModel, classifier: nn.Linear, num_images: int = 512) -> list[dict]:
     """For each method, ratio and position: 1 - cosine to the unmerged embedding, and the fraction of right answers.
 
     "standard error" is that of the difference between both positions.
     """
-    pixel_values, answers = draw_batch(512, np.random.default_rng(2))
+    pixel_values, answers = draw_batch(num_images, np.random.default_rng(2))
     tower.eval().set_merge_ratio(0)
     unmerged = tower(pixel_values).pooler_output
     rows = [{"method": "none", "merge_ratio": 0.0, "right": round(count_right(unmerged, classifier, answers), 4)}]
@@ -126,8 +126,8 @@ def main() -> None:
         torch.manual_seed(0)
         tower, started = build_tower(has_position_embeddings), time.perf_counter()
         classifier = nn.Linear(tower.config.hidden_size, sum(NUM_VALUES))
-        train(tower.train(), classifier, arguments.steps, arguments.batch_size)
-        rows = results[name] = measure(tower, classifier)
+        train_tower(tower.train(), classifier, arguments.steps, arguments.batch_size)
+        rows = results[name] = measure_positions(tower, classifier)
         print(f"{name}: {time.perf_counter() - started:.0f} s, {rows[0]['right']:.1%} right without merging")
         print(format_table(rows[1:]), flush=True)
     write_atomically(arguments.output, json.dumps(results, indent=1) + "\n")

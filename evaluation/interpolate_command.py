@@ -10,9 +10,9 @@ The weights at alpha are (1 - alpha) * START + alpha * END, in float32 (WiSE-FT,
 folders or Hub ids of MLIP models, or of CLIP models of transformers. Parameters that START lacks, such as a frequency
 stage, are those of END.
 
-The command prints the mean recall of retrieval on both files for each alpha, and writes the model with the highest mean
-of the two, or the one of --alpha, to --output_dir, with a picture (interpolation.png) and all results
-(interpolation.json).
+The command prints the mean recall of retrieval on both files for each alpha, and writes one of the models to
+--output_dir, with a picture (interpolation.png) and all results (interpolation.json). It is the one with the largest
+share of the gain on the new file less the share of the loss on the old file, or the one of --alpha.
 """
 
 import argparse
@@ -182,7 +182,7 @@ def accuracy_rows(accuracies: Mapping[float, tuple[float, float]], names: Sequen
 
 def describe_choice(chosen: float, is_given: bool) -> str:
     """The line under the table."""
-    rule = "given by --alpha" if is_given else "the highest mean of both"
+    rule = "given by --alpha" if is_given else "the largest share of the gain less that of the loss"
     return f"Mean recall in percent. alpha {chosen:g}: {rule}."
 
 
@@ -249,7 +249,9 @@ def build_interpolation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", required=True, help="Folder to write the chosen model to.")
     parser.add_argument("--alphas", type=float, nargs="+", default=list(ALPHAS), help="Weights of END to measure.")
     parser.add_argument(
-        "--alpha", type=float, help="Weight of END to write, instead of the one with the highest mean of both files."
+        "--alpha",
+        type=float,
+        help="Weight of END to write, instead of the one with the largest share of the gain less that of the loss.",
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace --output_dir if it is a model folder.")
     parser.add_argument("--image_column", help="The column of images; found by its usual names if not given.")

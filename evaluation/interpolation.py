@@ -40,9 +40,20 @@ def interpolate_weights(start: Mapping[str, Tensor], end: Mapping[str, Tensor], 
 
 
 def choose_alpha(accuracies: Mapping[float, tuple[float, float]]) -> float:
-    """The alpha with the highest mean of both accuracies; of equal ones the lowest, which is nearest to the start.
+    """The alpha that keeps most of the gain on the new data for the smallest part of the loss on the old data.
+
+    It has the highest sum of both accuracies, each divided by its absolute change from the lowest to the highest alpha.
+    So accuracies of different scales count alike. An accuracy without a change does not count. Of equal alphas it is
+    the lowest, which is nearest to the start.
 
     Args:
         accuracies: alpha -> accuracy on the new data, accuracy on the old data.
     """
-    return min(accuracies, key=lambda alpha: (-sum(accuracies[alpha]), alpha))
+    start, end = accuracies[min(accuracies)], accuracies[max(accuracies)]
+    changes = [abs(last - first) for first, last in zip(start, end, strict=True)]
+
+    def score(alpha: float) -> float:
+        pairs = zip(accuracies[alpha], changes, strict=True)
+        return sum(value / change for value, change in pairs if change)
+
+    return min(accuracies, key=lambda alpha: (-round(score(alpha), 9), alpha))

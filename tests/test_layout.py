@@ -12,7 +12,7 @@ from conftest import small_model
 from transformers.dynamic_module_utils import get_relative_imports
 
 ROOT = Path(__file__).parent.parent
-PURE = ("frequency.py", "losses.py", "token_merging.py", "token_similarity.py")
+PURE = ("frequency.py", "losses.py", "rotary.py", "token_merging.py", "token_similarity.py")
 # Room -> the rooms that it may import beside the model.
 MAY_IMPORT = {
     "hub": set(),

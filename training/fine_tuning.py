@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from modeling_mlip import MLIPModel
@@ -126,6 +127,7 @@ class FineTuningTrainer(InterruptibleTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Trainer's, but adapters are merged into the written weights, or with `keep_adapter` written alone."""
         model, folder = self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir
+        restore_class_name(model)
         if not self.args.should_save or not adapted_layers(model):
             super()._save(output_dir, state_dict)
             return
@@ -186,6 +188,19 @@ class FineTuningTrainer(InterruptibleTrainer):
                         f"{path.parent} was not trained from this model: {name} differs. Give the model that the run "
                         "started from."
                     )
+
+
+def restore_class_name(model: nn.Module) -> None:
+    """Gives the class that FSDP2 derives from the model's class the name of the latter.
+
+    transformers finds the code files of a model, and the entry for them in `config.json`, from the name and the module
+    of the class. No effect on other models.
+    """
+    derived = type(model)
+    if issubclass(derived, FSDPModule):
+        original = next(base for base in derived.__mro__ if not issubclass(base, FSDPModule))
+        derived.__module__, derived.__name__ = original.__module__, original.__name__
+        derived.__qualname__ = original.__qualname__
 
 
 def describe_recipe(args: MLIPTrainingArguments) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """How `MLIPTrainer` evaluates and predicts: retrieval over a whole data set instead of a loss per batch."""
 
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPProcessor
 from transformers.trainer_utils import EvalLoopOutput
@@ -27,6 +30,29 @@ def build_dataset(
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return dataset
     return build_pairs(dataset, processor, seed=seed, training=training, long_caption_column=long_caption_column)
+
+
+@contextmanager
+def gathering_shards(model: nn.Module) -> Iterator[None]:
+    """Lets `get_image_features` and `get_text_features` gather the weights that FSDP2 shards, as `forward` does.
+
+    No effect on other models. The methods leave inference mode: weights that FSDP2 gathers there cannot be trained.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    names = ("get_image_features", "get_text_features")
+    for name in names:
+        register_fsdp_forward_method(model, name)
+        setattr(model, name, torch.inference_mode(False)(torch.no_grad()(getattr(model, name))))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(model, name)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 class RetrievalEvaluationMixin:
@@ -82,7 +108,7 @@ class RetrievalEvaluationMixin:
         self._prepare_evaluation()
         length = len(dataloader.dataset) if isinstance(dataloader.dataset, Sized) else None
         budget = SkipBudget(self.args.skip_budget, length)
-        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+        with self.compute_loss_context_manager(), gathering_shards(self.model):  # type: ignore[attr-defined]
             encoded = encode_pairs(self.model, dataloader, self.args.device, description, budget=budget)
         budget.judge_whole()
         metrics = retrieval_metrics(

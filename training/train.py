@@ -285,6 +285,8 @@ def finish_training(
     args: MLIPTrainingArguments = trainer.args
     folder = Path(args.output_dir)
     trainer.save_state()
+    # In every process: FSDP gathers the weights of an evaluation from all of them.
+    merge_ratios = sweep_merge_ratios(trainer) if args.sweep and args.do_eval else None
     if trainer.is_world_process_zero():
         trainer.save_metrics("all", metrics, combined=False)
         plot_learning_curves(trainer.state.log_history, folder / CURVES)
@@ -297,7 +299,7 @@ def finish_training(
             base_model=model_args.model_name_or_path,
             training=describe_run(trainer, metrics),
             curves=CURVES,
-            merge_ratios=sweep_merge_ratios(trainer) if args.sweep and args.do_eval else None,
+            merge_ratios=merge_ratios,
         )
         print(format_summary(metrics))
         print(f"\nSaved to {folder}: weights, processor, model card, {CURVES}.")

@@ -93,7 +93,7 @@ def test_all_26_siglip_configurations_are_known_by_name_and_come_back():
 
 def test_the_table_of_timm_towers_equals_timm():
     for name, keys in TIMM_TOWERS.items():
-        if name == TIMM_NAME:
+        if name == TIMM_NAME or "siglip" not in name:
             continue
         with torch.device("meta"):
             theirs = timm.create_model(name, num_classes=0, depth=1)

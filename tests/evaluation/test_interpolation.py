@@ -54,7 +54,12 @@ def test_weights_between_two_models_equal_a_formula_in_float64_and_the_ends_are_
 
 def test_the_highest_mean_is_chosen_and_of_equal_ones_the_nearest_to_the_start():
     assert choose_alpha({0.0: (1, 9), 0.5: (8, 7), 1.0: (9, 1)}) == 0.5
-    assert choose_alpha({1.0: (9, 1), 0.5: (1, 9), 0.75: (5, 5)}) == 0.5
+    assert choose_alpha({1.0: (9, 1), 0.0: (1, 9), 0.75: (5, 5)}) == 0.0
+    # 3.1 points gained and 27.9 lost; shares of gain and loss: 0.32 and 0.13, 0.86 and 0.59, 1.07 and 0.86.
+    measured = {0.0: (1.20, 58.17), 0.25: (2.20, 54.56), 0.5: (3.87, 41.61), 0.75: (4.53, 34.28), 1.0: (4.30, 30.28)}
+    assert choose_alpha(measured) == 0.5
+    assert choose_alpha({0.0: (1, 9), 0.5: (5, 9), 1.0: (9, 9)}) == 1.0  # nothing is lost
+    assert choose_alpha({0.0: (5, 5)}) == 0.0
 
 
 def test_files_of_one_name_are_shown_with_their_folders():
@@ -69,7 +74,7 @@ def test_the_command_prints_a_table_and_writes_the_chosen_model(sources, fine, f
     content = json.loads((out / "interpolation.json").read_text())
     means = {r["alpha"]: (r["new"]["mean_recall"], r["old"]["mean_recall"]) for r in content["results"]}
     assert list(means) == [0.0, 0.5, 1.0] and content["alpha"] == choose_alpha(means)
-    assert f"alpha {content['alpha']:g}: the highest mean of both." in printed
+    assert f"alpha {content['alpha']:g}: the largest share of the gain less that of the loss." in printed
     for alpha, (new, old) in means.items():
         row = rf"{alpha:g} +{new:.2f} +{old:.2f} +{(new + old) / 2:.2f}"
         assert any(line.split() == row.replace(" +", " ").split() for line in printed.splitlines()), row

@@ -21,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModel
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
+from modeling_mlip.hub.cli import main as mlip
 from modeling_mlip.training.arguments import MLIPTrainingArguments
 from modeling_mlip.training.flags import parse_arguments
 from modeling_mlip.training.starting_point import build_config
@@ -45,6 +46,27 @@ def launch_fsdp(arguments: list[str]) -> int:
 ENGINES = {"DDP, streamed": launch_ddp, "FSDP2": launch_fsdp}
 
 
+def check_code(folder: Path, plain: Path) -> None:
+    """The folder has the code files of a model that no engine wraps, and names their classes."""
+    small_model().save_pretrained(plain)
+    expected, found = ({path.name: path.read_text() for path in saved.glob("*.py")} for saved in (plain, folder))
+    assert "modeling_mlip.py" in found and found == expected
+    expected, found = (json.loads((saved / "config.json").read_text()) for saved in (plain, folder))
+    for key in ("auto_map", "architectures"):
+        assert found[key] == expected[key]
+
+
+def check_metrics(folder: Path, data: Path, evaluation: Path) -> None:
+    """The metrics of two processes are those of one process with the saved weights."""
+    flags = ["--model_name_or_path", str(folder), "--validation_file", str(data / "0.parquet"), "--do_eval"]
+    flags += ["--use_cpu", "--report_to", "none", "--skip_budget", "0.5", "--output_dir", str(evaluation)]
+    assert mlip(["train", *flags]) == 0
+    files = (folder / "all_results.json", evaluation / "eval_results.json")
+    found, expected = (json.loads(path.read_text()) for path in files)
+    names = [name for name in expected if "recall" in name]
+    assert names and {name: found[name] for name in names} == {name: expected[name] for name in names}
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(
     engine,
@@ -57,6 +79,7 @@ def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(
     if engine == "FSDP2":
         flags.remove("--use_cpu")
         flags += ["--ddp_backend", "gloo", "--fsdp", "--fsdp_config", str(RECIPES / "fsdp2.json")]
+        flags += ["--eval_on_start", "--validation_file", str(root / "0.parquet")]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     status = run_in_fork(lambda: ENGINES[engine](["train", *flags]), tmp_path / "log.txt")
     printed = (tmp_path / "log.txt").read_text()
@@ -67,6 +90,9 @@ def test_two_processes_started_by_torchrun_leave_a_whole_model_and_checkpoint(
         model, report = AutoModel.from_pretrained(path, output_loading_info=True)
         assert not any(report.values()), report
         assert all(weight.isfinite().all() for weight in model.parameters())
+        check_code(path, tmp_path / "plain")
+    if engine == "FSDP2":
+        check_metrics(folder, root, tmp_path / "evaluation")
     # 2 steps of 2 accumulated batches of 3 pairs, in each of two processes
     counts = [json.loads((checkpoint / f"data_state_{rank}.json").read_text())["skip_budget"] for rank in (0, 1)]
     assert counts[0] == counts[1] and counts[0]["seen"] == 24

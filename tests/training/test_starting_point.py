@@ -13,7 +13,7 @@ from modeling_mlip.training.starting_point import build_config, build_model, bui
 def test_named_configurations_are_what_their_names_say(name):
     config = named_config(name)
     vision = config.vision_config
-    if name != "tiny":
+    if name.startswith("vit-"):
         size, patch = name.split("-")[1:]
         assert vision.patch_size == int(patch)
         assert (vision.hidden_size, vision.num_hidden_layers) == {"b": (768, 12), "l": (1024, 24)}[size]
