@@ -38,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         self.requests: list[tuple[str, str]] = []  # (method, path) of each, in order
         self.uploads_until_failure: int | None = None  # so many large files are taken; the next one fails, once
+        self.counting = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -230,13 +231,14 @@ class Handler(BaseHTTPRequestHandler):
             self._answer({"transfer": "basic", "objects": objects})
 
     def _lfs_upload(self, oid: str) -> None:
-        if self.server.uploads_until_failure == 0:
-            self.server.uploads_until_failure = None
+        with self.server.counting:  # uploads run in parallel
+            left = self.server.uploads_until_failure
+            if left is not None:
+                self.server.uploads_until_failure = left - 1 if left else None
+        if left == 0:
             return self._refuse(507, message="The disk is full.")
         if hashlib.sha256(self.body).hexdigest() != oid:
             return self._refuse(400, message="These bytes are not of this SHA-256.")
-        if self.server.uploads_until_failure is not None:
-            self.server.uploads_until_failure -= 1
         path = self.server.folder / "lfs" / oid
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self.body)

@@ -289,7 +289,7 @@ def test_what_save_to_disk_wrote_is_read(parameter, streaming, tmp_path):
     assert load_captions(streaming, **{parameter: str(tmp_path / "one")}) == {"train": ["a", "b", "c"]}
     expected = {"train": ["a", "b"], "validation": ["c"]}
     assert load_captions(streaming, **{parameter: str(tmp_path / "several")}) == expected
-    with pytest.raises(ValueError, match="one is a folder; give its files, or the folder as data_dir"):
+    with pytest.raises(ValueError, match="one is a folder; give its files, or the folder with data_dir=FOLDER"):
         load_pairs(train_file=str(tmp_path / "one"))
 
 
