@@ -192,7 +192,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
     by_recipe: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         by_recipe.setdefault(run["recipe"], []).append(run)
-    start = next(iter(by_recipe[f"start at {SETTINGS['fine_tuning_merge_ratio']:g}"]))
+    [start] = by_recipe[f"start at {SETTINGS['fine_tuning_merge_ratio']:g}"]
 
     def change(recipe: str, name: str) -> float:
         return statistics.mean(run[name] for run in by_recipe[recipe]) - start[name]
@@ -217,10 +217,15 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    files = {"nargs": 2, "metavar": ("TRAIN", "VALIDATION"), "required": True}
     for name in ("old", "new"):
         parser.add_argument(f"--{name}", required=True, help=f"The {name} data: a name in study/data or a .json file.")
-        parser.add_argument(f"--{name}_files", **files, help=f"The two files of the {name} data.")  # type: ignore[arg-type]
+        parser.add_argument(
+            f"--{name}_files",
+            nargs=2,
+            metavar=("TRAIN", "VALIDATION"),
+            required=True,
+            help=f"The two files of the {name} data.",
+        )
     parser.add_argument("--folder", type=Path, required=True, help="Folder of the starting model, trained if empty.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES), help="Recipes to run.")

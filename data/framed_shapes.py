@@ -28,18 +28,9 @@ WORDINGS = (
 def framed_shapes_dataset(
     num_train: int = 8000, num_validation: int = 108, image_size: int = 48, seed: int = 0
 ) -> DatasetDict:
-    """Draw the data set.
+    """Draw the data set; arguments and columns are those of `shapes.shapes_dataset`.
 
     There are 108 different scenes (combination, size and frame) for the validation split and 540 for the train split.
-
-    Args:
-        num_train: number of training images.
-        num_validation: number of validation images.
-        image_size: side of the images in pixels.
-        seed: seed of all random choices.
-
-    Returns:
-        Splits `train` and `validation` with the columns image, caption, shape, colour, texture.
 
     Raises:
         ValueError: if `image_size` is less than 48.

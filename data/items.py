@@ -335,9 +335,8 @@ def build_pairs(
     """
     if keep_in_memory and (augment or caption_policy == "random" or not isinstance(rows, Dataset)):
         raise ValueError(
-            f"keep_in_memory=True with augment={augment}, caption_policy={caption_policy!r} and rows of type "
-            f"{type(rows).__name__}: items that change in each epoch, or come from a stream, cannot be kept; use "
-            "augment=False and caption_policy='first' or 'all', without streaming, or leave it out."
+            "keep_in_memory=True needs items that are the same in each epoch, and no stream: turn augmentation off "
+            f"(no_augment) and choose caption_policy 'first' or 'all'; it is {caption_policy!r}."
         )
     if long_caption_column is not None:
         find_caption_column(rows, long_caption_column, parameter="long_caption_column")

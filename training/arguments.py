@@ -1,6 +1,7 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Arguments of training: the model to start from, and `TrainingArguments` with the defaults of contrastive training."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -277,8 +278,8 @@ class MLIPTrainingArguments(TrainingArguments):
         if self.mini_batch_size is not None and self.mini_batch_size < 1:
             raise ValueError(f"mini_batch_size={self.mini_batch_size}: choose 1 or more, or leave it out.")
         for name in ("keep_weight", "distill_unmerged", "short_caption_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 0 or more.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: choose a finite number, 0 or more.")
         if self.keep_type not in DISTILLATION_LOSSES:
             raise ValueError(f"keep_type={self.keep_type!r}: choose one of {', '.join(DISTILLATION_LOSSES)}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -297,13 +298,13 @@ class MLIPTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value != default and self.lora_rank is None:
                 raise ValueError(f"{name}={value} has no effect without lora_rank: set both, or leave it out.")
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha={self.lora_alpha}: choose a value above 0.")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha={self.lora_alpha}: choose a finite number above 0.")
         if self.freeze is not None and self.freeze not in FROZEN_TOWERS:
             raise ValueError(f"freeze={self.freeze!r}: choose one of {', '.join(FROZEN_TOWERS)}, or leave it out.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay}: choose a value above 0 and at most 1.")
         for name in ("freeze_layers", "new_parameters_learning_rate", "head_warmup_steps"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value}: choose 0 or more.")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}: choose a finite number, 0 or more.")

@@ -65,7 +65,7 @@ def overrides_of(model: str, merge_ratio: float) -> dict[str, Any]:
 
 
 def job_arguments(
-    folder: Path, model: str, max_steps: int, merge_ratio: float, seed: int
+    folder: Path, model: str, max_steps: int, merge_ratio: float, seed: int, bf16: bool
 ) -> tuple[ModelArguments, DataArguments, MLIPTrainingArguments]:
     """The arguments of `mlip train` for one model."""
     training_args = MLIPTrainingArguments(
@@ -75,7 +75,7 @@ def job_arguments(
         learning_rate=2e-3,
         start_merge_ratio=max(0.9, merge_ratio) if model == "mlip" else None,
         seed=seed,
-        bf16=bfloat16_is_faster(),
+        bf16=bf16,
         use_cpu=not torch.accelerator.is_available(),
         save_strategy="no",
         logging_steps=20,
@@ -96,14 +96,15 @@ class StepClock(TrainerCallback):
         self.ends.append(time.process_time())
 
 
-def measure_training_step(model: str, merge_ratio: float) -> float:
+def measure_training_step(model: str, merge_ratio: float, bf16: bool) -> float:
     """Processor seconds of a training step, the mean of a short run with the schedule of the whole.
 
     Preparing an image, which happens once, is not part of it.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        arguments = job_arguments(Path(folder), model, MEASURED_STEPS, merge_ratio, seed=0)
-        model_args, data_args, training_args = arguments
+        model_args, data_args, training_args = job_arguments(
+            Path(folder), model, MEASURED_STEPS, merge_ratio, seed=0, bf16=bf16
+        )
         training_args.disable_tqdm, training_args.report_to = True, []
         config = build_config(config_name=model_args.config_name, overrides=overrides_of(model, merge_ratio))
         data_args.max_train_samples = 4 * training_args.per_device_train_batch_size
@@ -116,10 +117,10 @@ def measure_training_step(model: str, merge_ratio: float) -> float:
     return statistics.mean(later - earlier for earlier, later in zip(ends[:-1], ends[1:], strict=True))
 
 
-def train_model(folder: Path, model: str, max_steps: int, merge_ratio: float, seed: int) -> None:
+def train_model(folder: Path, model: str, max_steps: int, merge_ratio: float, seed: int, bf16: bool) -> None:
     """Train "mlip" or "clip" on the drawn pairs with one thread, and save it to `folder`; prints recall."""
     torch.set_num_threads(1)
-    model_args, data_args, training_args = job_arguments(folder, model, max_steps, merge_ratio, seed)
+    model_args, data_args, training_args = job_arguments(folder, model, max_steps, merge_ratio, seed, bf16)
     train(model_args, data_args, training_args, overrides_of(model, merge_ratio))
 
 
@@ -142,7 +143,8 @@ def train_models(folder: Path, models: list[str], max_steps: int, merge_ratio: f
         RuntimeError: if the second process fails.
     """
     torch.set_num_threads(1)  # two processes with several threads each slow one another down
-    seconds = {model: measure_training_step(model, merge_ratio) for model in models}
+    bf16 = bfloat16_is_faster()  # decided once, so that all models train in one dtype
+    seconds = {model: measure_training_step(model, merge_ratio, bf16) for model in models}
     steps = {model: max(round(max_steps * seconds[models[0]] / seconds[model]), 1) for model in models}
     told = ", ".join(f"{name}: {steps[name]} steps of {1000 * seconds[name]:.0f} ms" for name in models)
     cores = min(len(models), os.cpu_count() or 1)
@@ -151,8 +153,8 @@ def train_models(folder: Path, models: list[str], max_steps: int, merge_ratio: f
     others = []
     for name in models[1:]:
         log = folder / f"{name}.log"
-        others.append((log, start_process(log, folder / name, name, steps[name], merge_ratio, seed)))
-    train_model(folder / models[0], models[0], steps[models[0]], merge_ratio, seed)
+        others.append((log, start_process(log, folder / name, name, steps[name], merge_ratio, seed, bf16)))
+    train_model(folder / models[0], models[0], steps[models[0]], merge_ratio, seed, bf16)
     for log, process in others:
         process.join()
         if process.exitcode:
@@ -239,6 +241,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--merge_ratio", type=float, default=0.5, help="Fraction of MLIP's patch tokens merged.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of weights and batches.")
     flags = parser.parse_args(arguments)
+    if flags.max_steps < 1:
+        parser.error(f"--max_steps {flags.max_steps}: choose 1 or more.")
+    if not 0 <= flags.merge_ratio < 1:
+        parser.error(f"--merge_ratio {flags.merge_ratio:g}: choose 0 or more and less than 1.")
     models = list(dict.fromkeys(flags.models))
     folder = Path(flags.output_dir) / time.strftime("%Y%m%d-%H%M%S")  # each demo has a folder of its own
 

@@ -140,7 +140,8 @@ class FineTuningTrainer(InterruptibleTrainer):
             super()._save(output_dir, merged_state_dict(model, state_dict))
         else:
             save_adapter(model, state_dict, folder)
-            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -39,7 +39,8 @@ def lora_config(model: MLIPModel, args: MLIPTrainingArguments) -> "peft.LoraConf
         block = BLOCK.match(name)
         is_trained = block is not None and block["tower"] in towers and int(block["index"]) >= args.freeze_layers
         layers += [name] if is_trained and isinstance(module, nn.Linear) else []
-    return LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=layers)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}  # PEFT takes a float alpha too
+    return LoraConfig(**options, target_modules=layers)
 
 
 def add_adapters(model: MLIPModel, args: MLIPTrainingArguments, new_parameters: Set[str] = frozenset()) -> None:

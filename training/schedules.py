@@ -2,6 +2,7 @@
 """The settings of the vision tower that change from step to step, so that early steps are cheap: the merge ratio, patch
 dropout (FLIP, arXiv 2212.00794) and the image size (RECLIP, arXiv 2304.06028; CLIPA, arXiv 2305.07017)."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class StepSchedule:
     def _check_steps_without_patch_dropout(self) -> None:
         steps = self.args.steps_without_patch_dropout
         has_dropout = self.vision.patch_dropout > 0 or self.args.start_patch_dropout is not None
-        if steps < 0:
+        if not 0 <= steps < math.inf:
             raise ValueError(f"steps_without_patch_dropout={steps}: choose 0 or more; below 1 is a fraction of all.")
         if steps and not has_dropout:
             raise ValueError(

@@ -39,7 +39,7 @@ INPUTS = {
 BLOCK = re.compile(r"(?P<tower>vision_model|text_model)\.encoder\.(encoder\.)?layers?\.(?P<index>\d+)\.")
 
 
-def count_blocks(model: MLIPModel) -> dict[str, int]:
+def count_blocks(model: nn.Module) -> dict[str, int]:
     """The number of blocks of each tower, by the tower's attribute name."""
     matches = (BLOCK.match(name) for name, _ in model.named_parameters())
     indices = [(match["tower"], int(match["index"])) for match in matches if match is not None]
@@ -115,7 +115,7 @@ def split_learning_rates(
     the learning rate of the first group. Groups of new parameters come last and have no decay.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    blocks = count_blocks(model)  # type: ignore[arg-type]
+    blocks = count_blocks(model)
     groups: list[tuple[tuple[bool, int], dict[str, Any]]] = []
     for group in optimizer.param_groups:
         by_kind: dict[tuple[bool, int], list[nn.Parameter]] = defaultdict(list)

@@ -47,7 +47,7 @@ def test_the_demo_leaves_both_models_and_a_report_that_opens_with_pictures(few_s
 def test_the_second_model_takes_as_much_processor_time_as_the_first(few_shapes, tmp_path, monkeypatch):
     seconds = {"mlip": 0.1, "clip": 0.25}
     trained = {}
-    monkeypatch.setattr(demo, "measure_training_step", lambda model, ratio: seconds[model])
+    monkeypatch.setattr(demo, "measure_training_step", lambda model, ratio, bf16: seconds[model])
     monkeypatch.setattr(demo, "train_model", lambda folder, model, steps, *rest: trained.update({model: steps}))
     monkeypatch.setattr(demo, "start_process", train_here)
     demo.train_models(tmp_path, ["mlip", "clip"], 100, 0.5, 0)
@@ -59,13 +59,30 @@ def test_a_second_process_that_fails_is_reported_with_its_output(tmp_path, monke
         if model == "clip":
             raise ValueError("no room for clip")
 
-    monkeypatch.setattr(demo, "measure_training_step", lambda model, ratio: 0.1)
+    monkeypatch.setattr(demo, "measure_training_step", lambda model, ratio, bf16: 0.1)
     monkeypatch.setattr(demo, "train_model", train_model)
     fork = multiprocessing.get_context("fork")  # starts at once, and with `train_model` as above
     monkeypatch.setattr(demo.multiprocessing, "get_context", lambda method: fork)
     with pytest.raises(RuntimeError, match=r"status 1.*clip\.log"):
         demo.train_models(tmp_path, ["mlip", "clip"], 3, 0.5, 0)
     assert "no room for clip" in (tmp_path / "clip.log").read_text()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--max_steps", "0"), ("--merge_ratio", "1"), ("--merge_ratio", "nan")])
+def test_wrong_flags_are_refused_before_anything_is_drawn(flag, value, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--output_dir", str(tmp_path), flag, value])
+    assert f"{flag} {value}: choose" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_all_models_train_in_one_dtype_although_the_measurement_varies(tmp_path, monkeypatch):
+    answers, dtypes = iter([True, False, False, False]), []
+    monkeypatch.setattr(demo, "bfloat16_is_faster", lambda: next(answers))
+    monkeypatch.setattr(demo, "measure_training_step", lambda model, ratio, bf16: dtypes.append(bf16) or 0.1)
+    monkeypatch.setattr(demo, "train_model", lambda *arguments: dtypes.append(arguments[-1]))
+    monkeypatch.setattr(demo, "start_process", train_here)
+    demo.train_models(tmp_path, ["mlip", "clip"], 3, 0.5, 0)
+    assert dtypes == [True] * 4
 
 
 @pytest.mark.parametrize("seconds_bf16, seconds_fp32, is_faster", [(1.0, 2.0, True), (2.0, 1.0, False)])

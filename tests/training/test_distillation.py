@@ -198,7 +198,8 @@ def test_arguments_choose_the_parts():
     with pytest.raises(ValueError, match="distill_unmerged=1.0 has no effect at merge_ratio=0.0: set merge_ratio"):
         build_objective(tiny_model(merge_ratio=0.0), arguments(distill_unmerged=1.0))
     for wrong, message in (
-        ({"keep_weight": -1.0}, "keep_weight=-1.0: choose 0 or more"),
+        ({"keep_weight": -1.0}, "keep_weight=-1.0: choose a finite number, 0 or more"),
+        ({"keep_weight": float("nan")}, "keep_weight=nan: choose a finite number"),
         ({"keep_type": "x"}, "keep_type='x': choose one of features, similarities"),
     ):
         with pytest.raises(ValueError, match=message):
