@@ -77,6 +77,8 @@ def train(
         overrides=overrides,
         max_seq_length=data_args.max_seq_length,
     )
+    if training_args.keep_adapter and model_args.model_name_or_path is not None:
+        check_kept_configuration(config, pretrained_config(model_args.model_name_or_path))
     # Step (2): data and model
     splits = load_splits_of_tasks(data_args, training_args)
     trainer = build_trainer(model_args, data_args, training_args, config, splits)
@@ -137,6 +139,17 @@ def check_starting_point(model_args: ModelArguments, args: MLIPTrainingArguments
         raise ValueError(
             f"--config_name {model_args.config_name} starts from random weights, and these flags fine-tune a model: "
             f"{', '.join(f'--{name}' for name in recipe)}. Leave them out, or give --model_name_or_path."
+        )
+
+
+def check_kept_configuration(config: MLIPConfig, starting: MLIPConfig) -> None:
+    """Raise ValueError if a run with --keep_adapter changes the configuration: an adapter does not contain it."""
+    now, before = ({**c.to_dict(), **c.vision_config.to_dict(), **c.text_config.to_dict()} for c in (config, starting))
+    changed = sorted(name for name in now if now[name] != before.get(name) and not isinstance(now[name], dict))
+    if changed:
+        raise ValueError(
+            f"--keep_adapter: an adapter does not contain the configuration, and this run changes {', '.join(changed)} "
+            "of the starting model. Leave out the flags that change it, or leave out --keep_adapter."
         )
 
 

@@ -18,6 +18,9 @@ from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, CLIPPr
 from modeling_mlip import MLIPModel
 from modeling_mlip.data.images import image_transform
 from modeling_mlip.hub.cli import main as mlip
+from modeling_mlip.hub.configurations import pretrained_config
+from modeling_mlip.training.starting_point import build_config
+from modeling_mlip.training.train import check_kept_configuration
 
 
 def test_a_run_writes_the_files_that_it_lists(trained, capsys):
@@ -165,3 +168,15 @@ def test_the_saved_processor_gives_the_pixels_of_training(trained):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     seen = image_transform(processor.image_processor)(image)
     assert torch.equal(seen, processor(images=image, return_tensors="pt")["pixel_values"][0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "max_seq_length", "named"),
+    [({"merge_ratio": 0.7}, None, "merge_ratio"), ({}, 99, "max_position_embeddings")],
+)
+def test_a_kept_adapter_admits_no_change_of_the_configuration(trained, overrides, max_seq_length, named):
+    starting = pretrained_config(trained)
+    check_kept_configuration(build_config(model_name_or_path=trained), starting)
+    config = build_config(model_name_or_path=trained, overrides=overrides, max_seq_length=max_seq_length)
+    with pytest.raises(ValueError, match=f"--keep_adapter: .* changes {named} of the starting model"):
+        check_kept_configuration(config, starting)
