@@ -7,7 +7,7 @@ require_modules("Reading data sets", "train")  # before the imports that would f
 
 from .collators import EvaluationCollator, PairCollator  # noqa: E402
 from .columns import find_columns  # noqa: E402
-from .data_arguments import DataArguments  # noqa: E402
+from .data_arguments import DataArguments, TrainingDataArguments  # noqa: E402
 from .images import load_image  # noqa: E402
 from .items import PairDataset, StreamedPairDataset, build_pairs, set_epoch  # noqa: E402
 from .skip_budget import SkipBudget  # noqa: E402
@@ -20,6 +20,7 @@ __all__ = [
     "PairDataset",
     "SkipBudget",
     "StreamedPairDataset",
+    "TrainingDataArguments",
     "build_pairs",
     "find_columns",
     "load_image",

@@ -1,5 +1,6 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""`DataArguments`: the command-line arguments that choose the data set, its columns and how training reads it."""
+"""`DataArguments` choose the data set and its columns on the command line, `TrainingDataArguments` also how training
+reads it."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,6 +32,13 @@ class DataArguments:
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    reference_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "The same, with pairs on which the embeddings must stay close to those of --model_name_or_path, for "
+            "example photographs while it is fine-tuned on drawings; see --reference_weight."
+        },
+    )
     image_column: str | None = field(
         default=None,
         metadata={
@@ -43,13 +51,6 @@ class DataArguments:
         metadata={
             "help": "The column of captions (strings or lists of strings). A field of a struct is named with a dot: "
             f"json.caption. By default the first of: {', '.join(CAPTION_COLUMNS)}."
-        },
-    )
-    caption_policy: Literal["first", "random", "all"] = field(
-        default="random",
-        metadata={
-            "help": "What training does with several captions of one image: take the first, take one at random in each "
-            "epoch, or make a pair of each. Evaluation always uses all of them."
         },
     )
     max_seq_length: int | None = field(
@@ -68,14 +69,6 @@ class DataArguments:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Evaluate on this number of images, the first ones of the data set."}
     )
-    augment: bool = field(default=True, metadata={"help": "Shift, scale and brighten the training images at random."})
-    keep_in_memory: bool = field(
-        default=False,
-        metadata={
-            "help": "Decode each training image once and keep its pixel values in memory: 0.6 MB for 224 x 224 pixels. "
-            "It needs --no_augment and --caption_policy first or all."
-        },
-    )
 
     def source(self) -> dict[str, Any]:
         """Return the keyword arguments of `load_splits` and `load_pairs`, without the columns."""
@@ -86,6 +79,27 @@ class DataArguments:
     def columns(self) -> dict[str, str | None]:
         """Return the keyword arguments of `find_columns`."""
         return {"image_column": self.image_column, "caption_column": self.caption_column}
+
+
+@dataclass
+class TrainingDataArguments(DataArguments):
+    """The image-caption pairs, and what training makes of them."""
+
+    caption_policy: Literal["first", "random", "all"] = field(
+        default="random",
+        metadata={
+            "help": "What training does with several captions of one image: take the first, take one at random in each "
+            "epoch, or make a pair of each. Evaluation always uses all of them."
+        },
+    )
+    augment: bool = field(default=True, metadata={"help": "Shift, scale and brighten the training images at random."})
+    keep_in_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode each training image once and keep its pixel values in memory: 0.6 MB for 224 x 224 pixels. "
+            "It needs --no_augment and --caption_policy first or all."
+        },
+    )
 
     def items(self) -> dict[str, Any]:
         """Return the keyword arguments of `build_pairs` that come from the command line."""

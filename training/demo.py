@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModel, AutoProcessor, TrainerCallback, pipeline
 
-from modeling_mlip.data.data_arguments import DataArguments
+from modeling_mlip.data.data_arguments import TrainingDataArguments
 from modeling_mlip.data.shapes import ATTRIBUTES, PROMPTS
 from modeling_mlip.data.sources import load_pairs
 from modeling_mlip.evaluation import Retrieval, ZeroShot
@@ -66,7 +66,7 @@ def overrides_of(model: str, merge_ratio: float) -> dict[str, Any]:
 
 def job_arguments(
     folder: Path, model: str, max_steps: int, merge_ratio: float, seed: int, bf16: bool
-) -> tuple[ModelArguments, DataArguments, MLIPTrainingArguments]:
+) -> tuple[ModelArguments, TrainingDataArguments, MLIPTrainingArguments]:
     """The arguments of `mlip train` for one model."""
     training_args = MLIPTrainingArguments(
         output_dir=str(folder),
@@ -82,7 +82,9 @@ def job_arguments(
         sweep=False,  # `evaluate_model` does it, with zero-shot classification
     )
     model_args = ModelArguments(config_name="nano", attn_implementation="eager")
-    data_args = DataArguments(dataset_name="framed-shapes", augment=False, caption_policy="first", keep_in_memory=True)
+    data_args = TrainingDataArguments(
+        dataset_name="framed-shapes", augment=False, caption_policy="first", keep_in_memory=True
+    )
     return model_args, data_args, training_args
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import CLIPConfig, CLIPVisionConfig, HfArgumentParser, TrainingArguments
 
 from modeling_mlip import MLIPConfig, MLIPVisionConfig
-from modeling_mlip.data.data_arguments import DataArguments
+from modeling_mlip.data.data_arguments import TrainingDataArguments
 from modeling_mlip.hub.configurations import MODEL_FIELDS, NAMED_CONFIGS, VISION_FIELDS, named_config
 from modeling_mlip.hub.flag_help import FlagHelpFormatter, add_help_flags, describe_negations, group_flags
 
@@ -56,7 +56,7 @@ def parse_value(text: str) -> Any:
 
 def parse_arguments(
     arguments: list[str] | None, description: str | None = None
-) -> tuple[ModelArguments, DataArguments, MLIPTrainingArguments, dict[str, Any]]:
+) -> tuple[ModelArguments, TrainingDataArguments, MLIPTrainingArguments, dict[str, Any]]:
     """Parse the command line into the three groups of arguments and the changed keys of the configuration."""
     model_args, data_args, training_args, *others = build_parser(description).parse_args_into_dataclasses(arguments)
     return model_args, data_args, training_args, vars(others[0]) if others else {}
@@ -65,7 +65,7 @@ def parse_arguments(
 def build_parser(description: str | None = None) -> HfArgumentParser:
     """The parser of `mlip train`, its flags in groups."""
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, MLIPTrainingArguments),
+        (ModelArguments, TrainingDataArguments, MLIPTrainingArguments),
         prog="mlip train",
         usage="mlip train [--FLAG VALUE ...]",
         description=description,
@@ -78,7 +78,7 @@ def build_parser(description: str | None = None) -> HfArgumentParser:
     describe_common_flags(parser)
     group_flags(parser, dict.fromkeys(ModelArguments.__dataclass_fields__, "model"))
     add_config_flags(parser)
-    group_flags(parser, dict.fromkeys(DataArguments.__dataclass_fields__, "data") | training_groups())
+    group_flags(parser, dict.fromkeys(TrainingDataArguments.__dataclass_fields__, "data") | training_groups())
     add_help_flags(parser, HIDDEN_GROUPS)
     parser._action_groups.sort(key=lambda group: group.title in HIDDEN_GROUPS)  # last in the help text
     return parser

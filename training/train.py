@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_mlip import MLIPConfig
 from modeling_mlip.data.columns import find_caption_column, find_columns, iterate_captions
-from modeling_mlip.data.data_arguments import DataArguments
+from modeling_mlip.data.data_arguments import TrainingDataArguments
 from modeling_mlip.data.items import build_pairs
 from modeling_mlip.data.sources import load_pairs
 from modeling_mlip.evaluation.tasks.retrieval import retrieval_results
@@ -46,7 +46,7 @@ Splits = dict[str, Any]  # name of a split -> rows
 
 def train(
     model_args: ModelArguments,
-    data_args: DataArguments,
+    data_args: TrainingDataArguments,
     training_args: MLIPTrainingArguments,
     overrides: dict[str, Any],
 ) -> dict[str, float]:
@@ -63,7 +63,7 @@ def train(
         ValueError: if an argument is not allowed, or the folder would be written over.
     """
     # Step (1): what needs no data
-    check_tasks(model_args, training_args)
+    check_tasks(model_args, training_args, data_args.reference_file)
     checkpoint = find_checkpoint(training_args)
     if training_args.do_train:
         check_output_dir(training_args.output_dir, checkpoint)
@@ -103,19 +103,21 @@ def train(
 # Step (1)
 
 
-def check_tasks(model_args: ModelArguments, args: MLIPTrainingArguments) -> None:
+def check_tasks(
+    model_args: ModelArguments, args: MLIPTrainingArguments, reference_file: str | None = None
+) -> None:
     """Raise ValueError for tasks that `mlip train` does not have, and flags that the tasks do not use."""
     if args.do_predict:
         raise ValueError(
             "--do_predict: mlip train writes no predictions. Leave it out; compute metrics with 'mlip evaluate', or "
             "embeddings in Python with MLIPTrainer.predict."
         )
-    for name in ("keep_weight", "distill_unmerged"):
-        if getattr(args, name) and model_args.model_name_or_path is None:
-            raise ValueError(
-                f"--{name} {getattr(args, name):g} keeps what a model knew before training: give it as "
-                "--model_name_or_path."
-            )
+    flags = {f"--{name} {getattr(args, name):g}": getattr(args, name) for name in ("keep_weight", "distill_unmerged")}
+    for flag, is_given in {**flags, f"--reference_file {reference_file}": reference_file}.items():
+        if is_given and model_args.model_name_or_path is None:
+            raise ValueError(f"{flag} keeps what a model knew before training: give it as --model_name_or_path.")
+    if reference_file is not None and not args.do_train:
+        raise ValueError(f"--reference_file {reference_file} has no effect without training: leave it out.")
     if args.do_train:
         check_starting_point(model_args, args)
         return
@@ -203,7 +205,7 @@ def check_max_seq_length(max_seq_length: int | None) -> None:
 # Step (2)
 
 
-def load_splits_of_tasks(data_args: DataArguments, args: MLIPTrainingArguments) -> Splits:
+def load_splits_of_tasks(data_args: TrainingDataArguments, args: MLIPTrainingArguments) -> Splits:
     """Load the splits that the tasks need. Sets `do_eval` if no task was named and there is validation data.
 
     Raises:
@@ -224,6 +226,13 @@ def load_splits_of_tasks(data_args: DataArguments, args: MLIPTrainingArguments) 
     return splits
 
 
+def load_references(data_args: DataArguments) -> Any:
+    """The rows of `reference_file`; None if it is not given."""
+    if data_args.reference_file is None:
+        return None
+    return load_pairs(train_file=data_args.reference_file, **data_args.columns())["train"]
+
+
 def check_needs_no_validation(args: MLIPTrainingArguments) -> None:
     """Raise ValueError for the first flag that needs validation data."""
     strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
@@ -241,7 +250,7 @@ def check_needs_no_validation(args: MLIPTrainingArguments) -> None:
 
 def build_trainer(
     model_args: ModelArguments,
-    data_args: DataArguments,
+    data_args: TrainingDataArguments,
     args: MLIPTrainingArguments,
     config: MLIPConfig,
     splits: Splits,
@@ -263,6 +272,8 @@ def build_trainer(
         config, processor.tokenizer, model_name_or_path=name, attn_implementation=model_args.attn_implementation
     )
     datasets = build_datasets(splits, processor, data_args, args)
+    references = load_references(data_args)
+    keep_merge_ratio = None if name is None else pretrained_config(name).merge_ratio
     with hub_errors("--push_to_hub"):
         return MLIPTrainer(
             model,
@@ -270,14 +281,15 @@ def build_trainer(
             train_dataset=datasets.get("train") if args.do_train else None,
             eval_dataset=datasets.get("validation"),
             processing_class=processor,
-            objective=build_objective(model, args, None if name is None else pretrained_config(name).merge_ratio),
+            objective=build_objective(model, args, keep_merge_ratio, has_references=references is not None),
             max_seq_length=data_args.max_seq_length,
             new_parameters=new_parameters,
+            reference_dataset=references,
         )
 
 
 def build_datasets(
-    splits: Splits, processor: CLIPProcessor, data_args: DataArguments, args: MLIPTrainingArguments
+    splits: Splits, processor: CLIPProcessor, data_args: TrainingDataArguments, args: MLIPTrainingArguments
 ) -> dict[str, Any]:
     """The items of each split; those of "train" are augmented, and have long captions if asked for."""
     options = {"seed": args.seed, **data_args.items()}
@@ -292,7 +304,7 @@ def build_datasets(
 
 
 def finish_training(
-    trainer: MLIPTrainer, metrics: dict[str, float], model_args: ModelArguments, data_args: DataArguments
+    trainer: MLIPTrainer, metrics: dict[str, float], model_args: ModelArguments, data_args: TrainingDataArguments
 ) -> None:
     """Save metrics, learning curves and model card, print the summary, and push if asked for."""
     args: MLIPTrainingArguments = trainer.args

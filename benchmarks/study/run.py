@@ -75,7 +75,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 INFERENCE_RATIOS = (0.0, 0.3, 0.5, 0.7)
 # Arms that are evaluated at every ratio of INFERENCE_RATIOS.
-ARMS_AT_ALL_RATIOS = ("MLIP", "MLIP, no merging", "MLIP at 0.3", "MLIP at 0.7")
+ARMS_AT_ALL_RATIOS = ("MLIP", "MLIP, no token loss, no guide", "MLIP, no merging", "MLIP at 0.3", "MLIP at 0.7")
 # Values of frequency_embed_weight; arms with a frequency embedding are evaluated at all of them.
 EMBED_WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 EVALUATION_COPIES = 4  # the validation images and 3 augmented copies: the mean has less noise

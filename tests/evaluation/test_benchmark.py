@@ -147,6 +147,7 @@ def test_bad_input_is_refused_before_anything_is_measured(sources, files, tmp_pa
         ([*pairs, "--model_name_or_path", sources["clip"]], "merges no tokens; give it as --baseline"),
         ([*pairs, "--baseline", str(tmp_path)], "holds no config.json"),
         ([*pairs, "--streaming"], "leave out --streaming"),
+        ([*pairs, "--no_augment"], "--no_augment"),
         (["--label_columns", "shape"], "--label_columns without a data set"),
     ]
     for flags, message in cases:

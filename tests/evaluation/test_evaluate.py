@@ -354,6 +354,7 @@ def bad_input(sources, files, tmp_path) -> list[tuple[list[str], str]]:
         ([*mlip_model, *pairs, "--skip_budget", "nan"], "skip_budget=nan: choose a share from 0 to 1"),
         ([*mlip_model, *pairs, "--per_device_eval_batch_size", "0"], "per_device_eval_batch_size=0: choose 1 or more"),
         ([*mlip_model, *pairs, "--merge_ratio", "nan"], "merge_ratio"),
+        ([*mlip_model, *pairs, "--caption_policy", "first"], "--caption_policy"),
         (["--model_name_or_path", f"open_clip:RN50:{tmp_path / 'two.txt'}", *pairs], "could not be loaded"),
     ]
 
