@@ -112,12 +112,11 @@ def draw_arms(axes: Axes, runs_of: dict[str, list[dict[str, Any]]], data: StudyD
 
 
 def draw_ratios(axes: Axes, runs_of: dict[str, list[dict[str, Any]]], data: StudyData) -> None:
-    labels = {"MLIP": "MLIP (trained at 0.5)", "MLIP, no merging": "MLIP (trained without merging)"}
     for row, (arm, runs) in enumerate(runs_of.items()):
         ratios = changed_ratios(runs)
         if ratios:
             means = [statistics.mean(run["at_ratio"][ratio][data.metric] for run in runs) for ratio in ratios]
-            axes.plot([float(ratio) for ratio in ratios], means, "o-", label=labels.get(arm, arm), color=f"C{row}")
+            axes.plot([float(ratio) for ratio in ratios], means, "o-", label=arm, color=f"C{row}")
     axes.set_xlabel("merge ratio at inference")
     axes.set_ylabel(f"{data.metric_label}, %")
     axes.set_title("merge ratio set after training")

@@ -47,7 +47,7 @@ from modeling_mlip.training.trainer import MLIPTrainer
 
 RESULTS = Path(__file__).parent / "results"
 CLIP = {"frequency_layers": 0, "frequency_loss_weight": 0, "token_loss_weight": 0}
-# The two parts of MLIP that are off by default, because they gained no recall.
+# The two parts of MLIP that are off by default, because they gained no recall. "MLIP" is the default.
 PARTS = {"token_loss_weight": 0.1, "merge_importance_weight": 0.1}
 HALF = {"merge_ratio": 0.5}
 FALLING = {"start_merge_ratio": 0.9}  # a training argument, not a configuration key
@@ -61,21 +61,24 @@ ARMS: dict[str, dict[str, Any]] = {
     "CLIP + ToMe": {**CLIP, **HALF, "merge_method": "tome"},
     "CLIP + ToMe, falling ratio": {**CLIP, **HALF, **FALLING, "merge_method": "tome"},
     "ELIP": {**CLIP, **HALF, "merge_method": "elip"},
-    "MLIP": {**PARTS, **HALF, **FALLING},
-    "MLIP, no frequency": {**PARTS, **HALF, **FALLING, "frequency_layers": 0, "frequency_loss_weight": 0},
-    "MLIP, no token loss": {**PARTS, **HALF, **FALLING, "token_loss_weight": 0},
-    "MLIP, no guide": {**PARTS, **HALF, **FALLING, "merge_importance_weight": 0},
-    "MLIP, no token loss, no guide": {**PARTS, **HALF, **FALLING, "token_loss_weight": 0, "merge_importance_weight": 0},
-    "MLIP, no falling ratio": {**PARTS, **HALF},
-    "MLIP, no merging": PARTS,
-    "MLIP at 0.3": {**PARTS, "merge_ratio": 0.3, **FALLING},
-    "MLIP at 0.7": {**PARTS, "merge_ratio": 0.7, **FALLING},
-    "MLIP, SPARC token loss": {**PARTS, **HALF, **FALLING, "token_loss_type": "sparc", "token_loss_weight": 0.5},
-    "MLIP, patch dropout": {**PARTS, **HALF, "start_patch_dropout": 0.8},
+    "MLIP": {**HALF, **FALLING},
+    "MLIP, all parts": {**PARTS, **HALF, **FALLING},
+    "MLIP, all parts but frequency": {**PARTS, **HALF, **FALLING, "frequency_layers": 0, "frequency_loss_weight": 0},
+    "MLIP, all parts but token loss": {**PARTS, **HALF, **FALLING, "token_loss_weight": 0},
+    "MLIP, all parts but guide": {**PARTS, **HALF, **FALLING, "merge_importance_weight": 0},
+    "MLIP, all parts but falling ratio": {**PARTS, **HALF},
+    "MLIP, all parts but merging": PARTS,
+    "MLIP, all parts, at 0.3": {**PARTS, "merge_ratio": 0.3, **FALLING},
+    "MLIP, all parts, at 0.7": {**PARTS, "merge_ratio": 0.7, **FALLING},
+    "MLIP, SPARC token loss": {**HALF, **FALLING, "token_loss_type": "sparc", "token_loss_weight": 0.5},
+    "MLIP, patch dropout": {**HALF, "start_patch_dropout": 0.8},
 }
 INFERENCE_RATIOS = (0.0, 0.3, 0.5, 0.7)
 # Arms that are evaluated at every ratio of INFERENCE_RATIOS.
-ARMS_AT_ALL_RATIOS = ("MLIP", "MLIP, no token loss, no guide", "MLIP, no merging", "MLIP at 0.3", "MLIP at 0.7")
+ARMS_AT_ALL_RATIOS = (
+    *("MLIP", "MLIP, all parts", "MLIP, all parts but merging"),
+    *("MLIP, all parts, at 0.3", "MLIP, all parts, at 0.7"),
+)
 # Values of frequency_embed_weight; arms with a frequency embedding are evaluated at all of them.
 EMBED_WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 EVALUATION_COPIES = 4  # the validation images and 3 augmented copies: the mean has less noise

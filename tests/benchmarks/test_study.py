@@ -64,10 +64,10 @@ def test_the_committed_results_resume_with_the_committed_descriptions(name):
     resumed = start_record(STUDY / "results" / f"{name}.json", data, bf16=record["bf16"])
     assert resumed == {**record, "arms": ARMS}
     assert {arm: ARMS[arm] for arm in record["arms"]} == record["arms"]
-    flags = argparse.Namespace(equal=["compute"], seeds=[0], arms=["CLIP", "MLIP"])
+    flags = argparse.Namespace(equal=["compute"], seeds=[0], arms=["CLIP", "MLIP, all parts"])
     assert missing_runs(record, flags) == []
     shown = {row[""] for row in metrics_table(resumed, "compute")}  # also with arms that have no calibration yet
-    assert {"CLIP", "MLIP"} <= shown <= {run["arm"] for run in record["runs"]}
+    assert {"CLIP", "MLIP, all parts"} <= shown <= {run["arm"] for run in record["runs"]}
 
 
 def test_the_shapes_are_evaluated_with_the_prompts_of_the_package():
