@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
@@ -33,7 +34,6 @@ def load_benchmark(name: str) -> ModuleType:
 
 
 def test_conversion_reports_parity_seconds_and_the_size_of_the_checkpoint(tmp_path, monkeypatch):
-    open_clip = pytest.importorskip("open_clip")
     from safetensors.torch import load_file
 
     benchmark = load_benchmark("conversion.py")
@@ -50,6 +50,30 @@ def test_conversion_reports_parity_seconds_and_the_size_of_the_checkpoint(tmp_pa
     on_meta = benchmark.measure_on_meta("small")
     assert on_meta["meta"] and on_meta["checkpoint_bytes"] == result["checkpoint_bytes"]
     assert "small" in benchmark.format_row("small", result)
+
+
+@pytest.mark.skipif(open_clip.__version__[:4] != "3.3.", reason="the table is that of open_clip 3.3")
+def test_the_documented_table_of_conversions_is_what_the_command_prints(monkeypatch, capsys):
+    benchmark = load_benchmark("conversion.py")
+    monkeypatch.setattr(benchmark, "check_configuration", lambda name, full: pytest.fail(f"{name} is not measured"))
+    benchmark.main([])
+    printed, document = capsys.readouterr().out, (BENCHMARKS.parent / "docs" / "conversion.md").read_text()
+    assert f"```\n{printed}```" in document
+    num_names = len(benchmark.names())
+    assert f"{num_names} of {num_names} agree" in printed
+    assert f"These {num_names} configurations of open_clip 3.3" in document
+    supported, listed = benchmark.count_supported_tags()
+    assert (
+        f"{supported} of the {listed} pretrained tags that open_clip lists ({100 * supported / listed:.0f} %)"
+        in document
+    )
+
+
+def test_what_was_measured_is_kept_and_full_replaces_rows_of_the_meta_device():
+    benchmark = load_benchmark("conversion.py")
+    results = {"ViT-S-32": {"worst": 0.0}, "ViT-g-14": {"meta": True}, "ViT-B-32": {"error": "killed"}}
+    kept = [[name for name in (*results, "ViT-B-16") if benchmark.is_measured(name, results, full)] for full in (0, 1)]
+    assert kept == [["ViT-S-32", "ViT-g-14"], ["ViT-S-32"]]
 
 
 def test_mini_batch_memory_writes_one_row_for_each_setting(tmp_path, monkeypatch, capsys):
@@ -199,3 +223,30 @@ def test_long_captions_measures_short_and_long_captions_before_and_after(tmp_pat
             {name: value for name, value in row.items() if name != "model"} for row in result["rows"][::2][:2]
         )
         assert before == stretched  # short captions use positions that stay
+
+
+def test_siglip_speed_counts_the_flops_that_merging_saves(tmp_path, capsys):
+    from transformers import SiglipConfig
+
+    tower = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 2}
+    text = {**tower, "max_position_embeddings": 8, "projection_size": 64}
+    config = SiglipConfig(text_config=text, vision_config={**tower, "image_size": 64, "patch_size": 8})
+    output = tmp_path / "speed.json"
+    flags = [
+        "--rounds",
+        "1",
+        "--turn_seconds",
+        "0",
+        "--batch_size",
+        "2",
+        "--merge_ratios",
+        "0.5",
+        "--output",
+        str(output),
+    ]
+    load_benchmark("siglip_speed.py").main(flags, config)
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["SigLIP (transformers)", "MLIP", *["ward", "mlip"] * 2]
+    assert rows[1]["flop_ratio"] == pytest.approx(1, abs=0.01)
+    assert 1 < rows[3]["flop_ratio"] < rows[5]["flop_ratio"]  # early merging saves more
+    assert "layers 0 to 2" in capsys.readouterr().out
