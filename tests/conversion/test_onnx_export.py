@@ -1,7 +1,11 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """`mlip export` writes ONNX files that compute what the saved model computes, at its merge ratio."""
 
+import re
+import shutil
+
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -9,12 +13,22 @@ from conftest import small_model
 from transformers import AutoModel, CLIPProcessor
 
 from modeling_mlip import MLIPConfig
-from modeling_mlip.conversion.onnx_export import IMAGE_FILE, TEXT_FILE, ImageEncoder, export_encoder
+from modeling_mlip.conversion import onnx_export
+from modeling_mlip.conversion.onnx_export import (
+    IMAGE_FILE,
+    TEXT_FILE,
+    ImageEncoder,
+    export_encoder,
+    export_onnx,
+    quantize_encoder,
+)
 from modeling_mlip.hub.cli import main as mlip
 
 
 @torch.no_grad()
-def test_the_command_writes_both_towers_at_a_merge_ratio(sources, splits, tmp_path, capsys):
+def test_the_command_writes_both_towers_at_a_merge_ratio_in_float32_and_int8(
+    sources, splits, tmp_path, capsys, monkeypatch
+):
     # The export takes seconds for each layer, so the model has one layer in each tower.
     source, target = tmp_path / "model", tmp_path / "onnx"
     processor = CLIPProcessor.from_pretrained(sources["mlip"])
@@ -36,6 +50,52 @@ def test_the_command_writes_both_towers_at_a_merge_ratio(sources, splits, tmp_pa
         ours = embeds / np.linalg.norm(embeds, axis=-1, keepdims=True)
         theirs = expected.image_embeds if file == IMAGE_FILE else expected.text_embeds
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-4)
+
+    # int8: the export takes seconds, so the float32 files of above stand for it.
+    def copy(encoder, examples, output_name, path):
+        for file in target.glob(f"{path.name}*"):
+            shutil.copyfile(file, path.parent / file.name)
+
+    monkeypatch.setattr(onnx_export, "export_encoder", copy)
+    quantized = tmp_path / "int8"
+    assert mlip(["export", str(source), "--dtype", "int8", "--output_dir", str(quantized)]) == 0
+    for line, file in zip(capsys.readouterr().out.splitlines(), (IMAGE_FILE, TEXT_FILE), strict=True):
+        assert 0.99 < float(re.search(rf"{file}: .* similarity to float32 ([\d.]+)", line)[1]) < 1
+        types = {node.op_type for node in onnx.load(quantized / file).graph.node}
+        assert {"MatMulInteger", "DynamicQuantizeLinear"} <= types
+    assert {path.name for path in target.iterdir()} - {path.name for path in quantized.iterdir()} == {
+        f"{IMAGE_FILE}.data",  # the weights; those of the int8 files are in the files themselves
+        f"{TEXT_FILE}.data",
+    }
+    with pytest.raises(ValueError, match="dtype='int4': choose one of float32, int8"):
+        export_onnx(source, tmp_path / "int4", dtype="int4")
+
+
+def test_int8_weights_and_inputs_follow_the_formula_of_dynamic_quantisation(tmp_path):
+    rng = np.random.default_rng(0)
+    inputs, weights = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 16), (16, 7)))
+    shapes = (("inputs", ["batch", 16]), ("outputs", ["batch", 7]))
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["inputs", "weights"], ["outputs"])],
+        "linear",
+        ends[:1],
+        ends[1:],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "float.onnx")
+    quantize_encoder(tmp_path / "float.onnx", tmp_path / "int8.onnx")
+    [ours] = onnxruntime.InferenceSession(tmp_path / "int8.onnx").run(None, {"inputs": inputs})
+    # One scale for each output channel, symmetric, 7 bits; one scale and zero point for all inputs, 8 bits.
+    exact_inputs, exact_weights = inputs.astype(np.float64), weights.astype(np.float64)
+    weight_scale = np.abs(exact_weights).max(axis=0) / 64
+    input_scale = (exact_inputs.max() - exact_inputs.min()) / 255
+    zero = np.round(-exact_inputs.min() / input_scale)
+    quantized = np.clip(np.round(exact_inputs / input_scale) + zero, 0, 255) - zero
+    theirs = (quantized * input_scale) @ (np.round(exact_weights / weight_scale) * weight_scale)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    assert np.abs(ours - inputs @ weights).max() > 1e-3
 
 
 def test_a_file_that_computes_something_else_is_refused(monkeypatch, tmp_path):
