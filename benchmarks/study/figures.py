@@ -63,17 +63,23 @@ def metrics_table(record: dict[str, Any], equal: str) -> list[dict[str, Any]]:
 def ratio_table(record: dict[str, Any], metric: str) -> list[dict[str, Any]]:
     """A metric of MLIP arms, trained for CLIP's time, at merge ratios set after training."""
     rows = []
-    for arm, runs in runs_by_arm(record, "compute").items():
-        ratios = changed_ratios(runs)
-        if ratios:
-            values = {ratio: mean_and_spread([run["at_ratio"][ratio][metric] for run in runs]) for ratio in ratios}
-            rows.append({"trained as": arm, **{f"at {ratio}": value for ratio, value in values.items()}})
+    for arm, runs in runs_at_ratios(record).items():
+        values = {
+            ratio: mean_and_spread([run["at_ratio"][ratio][metric] for run in runs]) for ratio in runs[0]["at_ratio"]
+        }
+        rows.append(
+            {"trained as": arm, "seeds": len(runs), **{f"at {ratio}": value for ratio, value in values.items()}}
+        )
     return rows
 
 
-def changed_ratios(runs: list[dict[str, Any]]) -> list[str]:
-    """The merge ratios that the runs of an arm were evaluated at; empty if only at that of training."""
-    return [ratio for ratio in runs[0]["at_ratio"] if ratio != "trained"]
+def runs_at_ratios(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each arm at equal compute that were evaluated at merge ratios other than that of training."""
+    runs_of = {
+        arm: [run for run in runs if "trained" not in run["at_ratio"]]
+        for arm, runs in runs_by_arm(record, "compute").items()
+    }
+    return {arm: runs for arm, runs in runs_of.items() if runs}
 
 
 def weight_table(record: dict[str, Any], metric: str) -> list[dict[str, Any]]:
@@ -89,9 +95,8 @@ def weight_table(record: dict[str, Any], metric: str) -> list[dict[str, Any]]:
 def draw_study(record: dict[str, Any], data: StudyData, folder: Path) -> Path:
     """Draw every run at equal compute on the left, and the metric over the merge ratio on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=[1.4, 1], layout="constrained")
-    runs_of = runs_by_arm(record, "compute")
-    draw_arms(left, runs_of, data)
-    draw_ratios(right, runs_of, data)
+    draw_arms(left, runs_by_arm(record, "compute"), data)
+    draw_ratios(right, runs_at_ratios(record), data)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"study_{data.name}.png"
     figure.savefig(path, dpi=110)
@@ -112,14 +117,14 @@ def draw_arms(axes: Axes, runs_of: dict[str, list[dict[str, Any]]], data: StudyD
 
 
 def draw_ratios(axes: Axes, runs_of: dict[str, list[dict[str, Any]]], data: StudyData) -> None:
-    for row, (arm, runs) in enumerate(runs_of.items()):
-        ratios = changed_ratios(runs)
-        if ratios:
-            means = [statistics.mean(run["at_ratio"][ratio][data.metric] for run in runs) for ratio in ratios]
-            axes.plot([float(ratio) for ratio in ratios], means, "o-", label=arm, color=f"C{row}")
+    for arm, runs in runs_of.items():
+        ratios = sorted(runs[0]["at_ratio"], key=float)
+        means = [statistics.mean(run["at_ratio"][ratio][data.metric] for run in runs) for ratio in ratios]
+        axes.plot([float(ratio) for ratio in ratios], means, "o-", label=arm)
     axes.set_xlabel("merge ratio at inference")
     axes.set_ylabel(f"{data.metric_label}, %")
     axes.set_title("merge ratio set after training")
+    axes.set_ylim(bottom=0)
     if axes.lines:
         axes.legend(fontsize=8)
 
