@@ -32,13 +32,6 @@ class DataArguments:
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
-    reference_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "The same, with pairs on which the embeddings must stay close to those of --model_name_or_path, for "
-            "example photographs while it is fine-tuned on drawings; see --reference_weight."
-        },
-    )
     image_column: str | None = field(
         default=None,
         metadata={
@@ -98,6 +91,13 @@ class TrainingDataArguments(DataArguments):
         metadata={
             "help": "Decode each training image once and keep its pixel values in memory: 0.6 MB for 224 x 224 pixels. "
             "It needs --no_augment and --caption_policy first or all."
+        },
+    )
+    reference_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file like --train_file, of pairs on which the embeddings must stay close to those of the "
+            "starting model, for example photographs while it is fine-tuned on drawings; see --reference_weight."
         },
     )
 

@@ -150,11 +150,15 @@ class MLIPTrainingArguments(TrainingArguments):
             "model, a frozen copy at its own merge ratio; see --keep_type."
         },
     )
+    reference_weight: float = field(
+        default=10.0, metadata={"help": "Weight of the same loss on the pairs of --reference_file."}
+    )
     keep_type: str = field(
         default="features",
         metadata={
-            "help": "How --keep_weight and --distill_unmerged compare the two models: 'features' (1 - cosine of their "
-            "embeddings) or 'similarities' (divergence of their image-caption distributions over the batch)."
+            "help": "How --keep_weight, --reference_weight and --distill_unmerged compare the two models: 'features' "
+            "(1 - cosine of their embeddings) or 'similarities' (divergence of their image-caption distributions over "
+            "the batch)."
         },
     )
     distill_unmerged: float = field(
@@ -277,7 +281,7 @@ class MLIPTrainingArguments(TrainingArguments):
             raise ValueError(f"skip_budget={self.skip_budget}: choose a fraction from 0 to 1.")
         if self.mini_batch_size is not None and self.mini_batch_size < 1:
             raise ValueError(f"mini_batch_size={self.mini_batch_size}: choose 1 or more, or leave it out.")
-        for name in ("keep_weight", "distill_unmerged", "short_caption_weight"):
+        for name in ("keep_weight", "reference_weight", "distill_unmerged", "short_caption_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: choose a finite number, 0 or more.")
         if self.keep_type not in DISTILLATION_LOSSES:

@@ -58,7 +58,8 @@ class ResumeCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         # accelerate sets the epoch of the sampler, but not always that of the data set: not with several processes, and
         # not where batches are skipped.
-        set_epoch(self.trainer.train_dataset, int(state.epoch or 0))
+        for dataset in (self.trainer.train_dataset, self.trainer.reference_dataset):
+            set_epoch(dataset, int(state.epoch or 0))
 
 
 class InterruptibleTrainer(Trainer):
@@ -74,6 +75,7 @@ class InterruptibleTrainer(Trainer):
     guard: StepGuard
     training_log: TrainingLog
     training_objective: Objective
+    reference_dataset: Any = None
     objective_optimizer: torch.optim.Optimizer | None
     weight_average: WeightAverage | None = None
     _is_writing_checkpoint = False

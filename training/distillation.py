@@ -1,9 +1,9 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """Distillation from a frozen copy of the starting model, and the objective that the arguments of training ask for.
 
-Two uses of one part: fine-tuning that stays close to the starting model (`keep_weight`), and training with merged
-tokens towards the embeddings of the same model without merging (`distill_unmerged`; CrossGET, Shi et al. 2023, arXiv
-2305.17455).
+Three uses of one part: fine-tuning that stays close to the starting model on the training pairs (`keep_weight`) and on
+reference pairs (`reference_weight`), and training with merged tokens towards the embeddings of the same model without
+merging (`distill_unmerged`; CrossGET, Shi et al. 2023, arXiv 2305.17455).
 """
 
 import copy
@@ -19,6 +19,7 @@ from modeling_mlip.losses import info_nce, temperature
 from .arguments import MLIPTrainingArguments
 from .distributed import Exchange
 from .objective import ModelLosses, Objective, ObjectivePart
+from .reference_pairs import ENTRIES, PREFIX
 from .short_caption_loss import ShortCaptionLoss
 
 
@@ -35,6 +36,8 @@ class Distillation(ObjectivePart):
         loss_type: "features", see `feature_loss`, or "similarities", see `similarity_loss`.
         weight: factor of the loss.
         with_text: also compares caption embeddings. If false, the captions of the similarities are the teacher's.
+        prefix: of the batch entries to compare on; "reference_" for those of `ReferenceCollator`, which take another
+            pass through both towers.
     """
 
     teacher_digest: torch.Tensor
@@ -47,12 +50,15 @@ class Distillation(ObjectivePart):
         loss_type: str = "features",
         weight: float = 1.0,
         with_text: bool = True,
+        prefix: str = "",
     ):
         super().__init__(weight)
         self.name = name
         self.merge_ratio = merge_ratio
         self.loss_type = loss_type
         self.with_text = with_text
+        self.prefix = prefix
+        self.input_names = tuple(f"{prefix}{entry}" for entry in ENTRIES) if prefix else ()
         self.target_names = (f"{name}_image_embeds", f"{name}_text_embeds")
         self._teacher = (teacher.eval().requires_grad_(False),)  # a tuple: not a module of this part, see above
         self.register_buffer("teacher_digest", weights_digest(teacher))
@@ -65,18 +71,20 @@ class Distillation(ObjectivePart):
     def targets(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
         """The teacher's normalised embeddings, each `(R, P)`; `None` for captions that the loss does not need."""
         self.teacher.set_merge_ratio(self.merge_ratio)
-        images = self.teacher.get_image_features(
-            inputs["pixel_values"], interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False)
-        )
+        pixel_values, input_ids, attention_mask = (inputs.get(f"{self.prefix}{entry}") for entry in ENTRIES)
+        interpolates = not self.prefix and inputs.get("interpolate_pos_encoding", False)
+        images = self.teacher.get_image_features(pixel_values, interpolate_pos_encoding=interpolates)
         text_embeds = None
         if self.with_text or self.loss_type == "similarities":
-            texts = self.teacher.get_text_features(inputs["input_ids"], inputs.get("attention_mask"))
+            texts = self.teacher.get_text_features(input_ids, attention_mask)
             text_embeds = nn.functional.normalize(at_least_float32(texts.pooler_output), dim=-1)
         image_embeds = nn.functional.normalize(at_least_float32(images.pooler_output), dim=-1)
         return dict(zip(self.target_names, (image_embeds, text_embeds), strict=True))
 
     def rows(self, model: nn.Module, outputs: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         target_images, target_texts = (inputs[name] for name in self.target_names)
+        if self.prefix:
+            outputs = model(**{entry: inputs[f"{self.prefix}{entry}"] for entry in ENTRIES})
         return {
             "images": at_least_float32(outputs.image_embeds),
             "texts": at_least_float32(outputs.text_embeds) if self.with_text else target_texts,
@@ -162,13 +170,20 @@ def weights_digest(model: nn.Module) -> torch.Tensor:
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
-def build_objective(model: MLIPModel, args: MLIPTrainingArguments, keep_merge_ratio: float | None = None) -> Objective:
+def build_objective(
+    model: MLIPModel,
+    args: MLIPTrainingArguments,
+    keep_merge_ratio: float | None = None,
+    has_references: bool = False,
+) -> Objective:
     """The objective of a run: the losses of the model, and if asked for, distillation from the starting model and the
     loss of short captions.
 
     Args:
         model: the model before training.
-        keep_merge_ratio: merge ratio of the teacher of `keep_weight`; that of `model` if not given.
+        keep_merge_ratio: merge ratio of the teacher of `keep_weight` and `reference_weight`; that of `model` if not
+            given.
+        has_references: whether the batches hold reference pairs.
 
     Raises:
         ValueError: for `distill_unmerged` if no step of training merges tokens.
@@ -180,11 +195,15 @@ def build_objective(model: MLIPModel, args: MLIPTrainingArguments, keep_merge_ra
             f"distill_unmerged={args.distill_unmerged} has no effect at merge_ratio={merge_ratio}: set merge_ratio, "
             "for example to 0.5."
         )
-    if args.keep_weight or args.distill_unmerged:
-        teacher = copy.deepcopy(model)  # one for both parts; each sets its merge ratio
+    if args.keep_weight or args.distill_unmerged or has_references:
+        teacher = copy.deepcopy(model)  # one for all parts; each sets its merge ratio
+    keep_merge_ratio = merge_ratio if keep_merge_ratio is None else keep_merge_ratio
     if args.keep_weight:
-        keep_merge_ratio = merge_ratio if keep_merge_ratio is None else keep_merge_ratio
         parts.append(Distillation("keep", teacher, keep_merge_ratio, args.keep_type, args.keep_weight))
+    if has_references:
+        parts.append(
+            Distillation("reference", teacher, keep_merge_ratio, args.keep_type, args.reference_weight, prefix=PREFIX)
+        )
     if args.distill_unmerged:
         weight = float(args.distill_unmerged)
         parts.append(Distillation("unmerged", teacher, 0.0, args.keep_type, weight, with_text=False))

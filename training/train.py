@@ -29,6 +29,7 @@ from modeling_mlip.hub.model_card import write_model_card
 
 from .arguments import MLIPTrainingArguments, ModelArguments
 from .checkpoint import check_checkpoint
+from .deepspeed_shards import check_deepspeed_config
 from .distillation import build_objective
 from .fine_tuning import describe_recipe
 from .flags import parse_arguments
@@ -103,9 +104,7 @@ def train(
 # Step (1)
 
 
-def check_tasks(
-    model_args: ModelArguments, args: MLIPTrainingArguments, reference_file: str | None = None
-) -> None:
+def check_tasks(model_args: ModelArguments, args: MLIPTrainingArguments, reference_file: str | None = None) -> None:
     """Raise ValueError for tasks that `mlip train` does not have, and flags that the tasks do not use."""
     if args.do_predict:
         raise ValueError(
@@ -226,7 +225,7 @@ def load_splits_of_tasks(data_args: TrainingDataArguments, args: MLIPTrainingArg
     return splits
 
 
-def load_references(data_args: DataArguments) -> Any:
+def load_references(data_args: TrainingDataArguments) -> Any:
     """The rows of `reference_file`; None if it is not given."""
     if data_args.reference_file is None:
         return None
@@ -265,6 +264,8 @@ def build_trainer(
         if args.long_caption_column is not None:
             columns.append(find_caption_column(splits["train"], args.long_caption_column, "long_caption_column"))
         captions = chain.from_iterable(iterate_captions(splits["train"], column) for column in columns)
+    if (deepspeed_config := getattr(args, "hf_deepspeed_config", None)) is not None:
+        check_deepspeed_config(deepspeed_config.config)  # before transformers builds a model for it
     processor = build_processor(
         config, model_name_or_path=name, tokenizer_name=model_args.tokenizer_name, captions=captions
     )

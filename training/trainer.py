@@ -23,11 +23,17 @@ from modeling_mlip.data.skip_budget import SkipBudget
 
 from .argument_checks import check_training_arguments
 from .arguments import MLIPTrainingArguments
+from .deepspeed_shards import (
+    broadcasting_scalars,
+    check_deepspeed_config,
+    updating_master_scalars,
+)
 from .distillation import build_objective
 from .distributed import Exchange, average_gradients, gather_numbers, num_processes
 from .fine_tuning import FineTuningTrainer, check_fine_tuning
 from .mini_batches import RandomState, count_mini_batches, floating_tensors, join_rows, split_rows
 from .objective import Objective
+from .reference_pairs import ReferenceCollator
 from .retrieval_evaluation import RetrievalEvaluationMixin, build_dataset
 from .schedules import StepSchedule, resize_images
 from .step_guard import StepGuard
@@ -79,6 +85,8 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
         data_collator: makes a batch of items; by default `data.PairCollator`.
         new_parameters: names of the parameters that the starting checkpoint did not contain, for
             `new_parameters_learning_rate`, `head_warmup_steps` and `lora_rank`.
+        reference_dataset: like `train_dataset`, pairs for `reference_weight`. With an `objective` of your own, give it
+            a part that compares them.
 
     Raises:
         ValueError: if there is no processor, if a contrastive batch would be a single pair, or if the model cannot
@@ -97,6 +105,7 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
         max_seq_length: int | None = None,
         data_collator: Any = None,
         new_parameters: Iterable[str] = (),
+        reference_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
         args = MLIPTrainingArguments("trainer_output") if args is None else args
@@ -112,7 +121,7 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
             check_fine_tuning(model, args, self.new_parameters)
         self._builds_objective = objective is None
         if objective is None and model is not None:
-            objective = build_objective(model, args)
+            objective = build_objective(model, args, has_references=reference_dataset is not None)
         self.objective_optimizer: torch.optim.Optimizer | None = None
         train_dataset = build_dataset(
             train_dataset, processing_class, args.seed, training=True, long_caption_column=args.long_caption_column
@@ -132,8 +141,11 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
         )
         length = max_seq_length or self.model.config.text_config.max_position_embeddings
         self.data_collator = data_collator or PairCollator(processing_class.tokenizer, length)
+        if reference_dataset is not None:
+            self.reference_dataset = build_dataset(reference_dataset, processing_class, args.seed, training=True)
+            self.data_collator = ReferenceCollator(self.data_collator, self.reference_dataset, args.seed)
         self.evaluation_collator = EvaluationCollator(processing_class.tokenizer, length)
-        self._set_objective(objective or build_objective(self.model, args))
+        self._set_objective(objective or self._build_objective(self.model))
         self.skip_budget = None
         if train_dataset is not None:
             size = len(train_dataset) if hasattr(train_dataset, "__len__") else None
@@ -151,6 +163,9 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
 
     # Setting up
 
+    def _build_objective(self, model: MLIPModel) -> Objective:
+        return build_objective(model, self.args, has_references=self.reference_dataset is not None)
+
     def _set_objective(self, objective: Objective) -> None:
         self.training_objective = objective.to(self.args.device)
         self._initial_objective = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
@@ -161,7 +176,7 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
         if hasattr(self, "accelerator"):  # not in __init__, which prepares the first model itself
             self.model = model
             if self._builds_objective:
-                self._set_objective(build_objective(model, self.args))
+                self._set_objective(self._build_objective(model))
             else:
                 self.training_objective.load_state_dict(self._initial_objective)
             self.objective_optimizer = None
@@ -172,11 +187,9 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
         """Checks what the run needs of the model, and adapts the model to DDP, FSDP and DeepSpeed."""
         model, args = self.model, self.args
         self.schedule = StepSchedule(model, args)
-        if self.is_deepspeed_enabled and args.mini_batch_size is not None:
-            raise ValueError(
-                f"mini_batch_size={args.mini_batch_size}: DeepSpeed runs the backward pass of a loss only. Leave it "
-                "out, or use DDP or FSDP."
-            )
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            check_deepspeed_config(config, bool(self.training_objective.trained_parameters()))
         if args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
                 f"ema_decay={args.ema_decay}: the average needs whole weights in every process, and FSDP and DeepSpeed "
@@ -190,9 +203,10 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
             )  # without a loss; DDP waits for the gradient of every parameter
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
-            if plugin.cpu_ram_efficient_loading and (args.keep_weight or args.distill_unmerged):
+            has_teacher = args.keep_weight or args.distill_unmerged or self.reference_dataset is not None
+            if plugin.cpu_ram_efficient_loading and has_teacher:
                 raise ValueError(
-                    "keep_weight and distill_unmerged need the starting weights in every process: set "
+                    "keep_weight, reference pairs and distill_unmerged need the starting weights in every process: set "
                     "cpu_ram_efficient_loading to false in fsdp_config."
                 )
             # FSDP cannot shard scalars. They stay whole in every process, and `training_step` averages their gradients.
@@ -217,13 +231,18 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
 
     # Training
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's."""
+        with broadcasting_scalars() if self.is_deepspeed_enabled else nullcontext():
+            return super().train(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward pass of one batch of this process, in one pass or in mini-batches."""
         if self.weight_average is not None:
             self.weight_average.use_trained()
-        self.training_objective.on_step_begin(self.accelerator.unwrap_model(model))
+        self._begin_step(self.accelerator.unwrap_model(model))
         num_pairs = len(inputs["input_ids"])
         count = count_mini_batches(num_pairs, self.args.mini_batch_size, self.args.device)
         with self.schedule.applied(self.state.global_step, self.state.max_steps) as settings:
@@ -236,6 +255,13 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
         if self.accelerator.sync_gradients:
             self._finish_gradients(model)
         return loss
+
+    def _begin_step(self, model: nn.Module) -> None:
+        if not self.is_deepspeed_enabled:
+            self.training_objective.on_step_begin(model)
+            return
+        with updating_master_scalars(model):
+            self.training_objective.on_step_begin(model)
 
     def _resize_images(self, inputs: dict[str, Any], image_size: int | None) -> dict[str, Any]:
         """The batch with images of the size of this step."""
@@ -311,9 +337,21 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
                 roots = list(zip(floating_tensors(rows), row_gradients[i], strict=True))
                 roots += parameter_gradients if is_last else []
                 roots = [root for root in roots if root[0].requires_grad and root[1] is not None]
-                tensors, root_gradients = zip(*roots, strict=True)
-                torch.autograd.backward(tensors, root_gradients)
+                if self.is_deepspeed_enabled:
+                    self._deepspeed_backward(roots, synchronises)
+                else:
+                    tensors, root_gradients = zip(*roots, strict=True)
+                    torch.autograd.backward(tensors, root_gradients)
         return loss.detach()
+
+    def _deepspeed_backward(self, roots: list[tuple[torch.Tensor, torch.Tensor]], synchronises: bool) -> None:
+        """The backward pass from tensors with known gradients, and the optimizer step if it `synchronises`.
+
+        DeepSpeed runs the backward pass of a scalar only. The gradients of this one are those given.
+        """
+        scalar = torch.stack([(tensor * gradient).sum(dtype=torch.float32) for tensor, gradient in roots]).sum()
+        engine = self.accelerator.deepspeed_engine_wrapped
+        engine.backward(scalar, sync_gradients=synchronises, scale_wrt_gas=False)
 
     def _unpack(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
         """The tensors of a batch and the names of its samples. Counts the pairs and the skipped samples."""
@@ -344,6 +382,10 @@ class MLIPTrainer(RetrievalEvaluationMixin, FineTuningTrainer):
         if self.is_fsdp_enabled:
             average_gradients(self._trained_scalars(model))
         average_gradients(self.training_objective.trained_parameters())
+        if self.is_deepspeed_enabled:  # it has checked the gradients and taken or skipped the step
+            is_float16 = self.model_wrapped.fp16_enabled()
+            self._is_gradient_finite = is_float16 or not self.accelerator.optimizer_step_was_skipped
+            return
         if self.accelerator.scaler is not None:  # float16 gradients overflow at times; the scaler handles these steps
             self._is_gradient_finite = True
             return

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+REFERENCES = "self-distillation, references"
 FILE = Path(__file__).parents[2] / "benchmarks" / "recipe_study.py"
 
 
@@ -28,6 +29,8 @@ def flags(recipe_study, drawn, tmp_path, monkeypatch):
     settings = {"pretraining": step, "fine_tuning": step, "merging": step}
     monkeypatch.setattr(recipe_study, "SETTINGS", {**settings, "fine_tuning_merge_ratio": 0.5, "merging_ratios": [0.5]})
     monkeypatch.setattr(recipe_study, "ALPHAS", (0.0, 1.0))
+    merging = {name: recipe_study.MERGING_RECIPES[name] for name in ("distilled", "fine-tuned")}
+    monkeypatch.setattr(recipe_study, "MERGING_RECIPES", merging)
     result = tmp_path / "result.json"
     data = ["--old", str(path), "--old_files", *drawn, "--new", str(path), "--new_files", *drawn]
     return [*data, "--folder", str(tmp_path / "start"), "--seeds", "0", "--result_file", str(result)], result
@@ -42,16 +45,26 @@ def test_runs_are_recorded_once_and_alpha_is_chosen_on_the_other_half(recipe_stu
         "measure",
         lambda self, *rest: halves.append(rest[2:] or ("reported",)) or measure(self, *rest),
     )
-    recipe_study.main([*arguments, "--recipes", "plain fine-tuning"])
+    arguments += ["--recipes", "plain fine-tuning", REFERENCES]
+    recipe_study.main(arguments)
     record = json.loads(result.read_text())
-    names = ["start at 0", "start at 0.5", "plain fine-tuning", "WiSE-FT", "merging at 0.5, distilled"]
-    assert [run["recipe"] for run in record["runs"]] == [*names, "merging at 0.5, fine-tuned"]
+    names = ["start at 0", "start at 0.5", "plain fine-tuning", "WiSE-FT", REFERENCES, f"{REFERENCES}, and WiSE-FT"]
+    names += ["merging at 0.5, distilled", "merging at 0.5, fine-tuned"]
+    assert [run["recipe"] for run in record["runs"]] == names
     wise = record["runs"][3]
     assert set(wise["chosen_on"]) == {"0", "1"} and wise["alpha"] in (0, 1)
     ends = {0: record["runs"][0], 1: record["runs"][2]}
     assert wise["alpha"] == 0 or (wise["new"], wise["old"]) == (ends[1]["new"], ends[1]["old"])
-    assert halves.count(("choice",)) == 2 * 2  # two alphas, two data sets
+    assert halves.count(("choice",)) == 2 * 2 * 2  # two recipes, two alphas, two data sets
+    assert record["runs"][4]["arguments"] == {"keep_weight": 2.0, "reference_weight": 30.0}
     rows = {row["recipe"]: row for row in recipe_study.summarize(record["runs"])}
     assert rows["plain fine-tuning"]["old"] == f"{record['runs'][2]['old']:.2f}"
-    recipe_study.main([*arguments, "--recipes", "plain fine-tuning"])
+    recipe_study.main(arguments)
     assert json.loads(result.read_text())["runs"] == record["runs"]
+
+
+def test_a_tenth_of_the_steps_of_pretraining_turns_merging_on(recipe_study):
+    settings = recipe_study.build_settings("nano", 0.0, 300)
+    assert (settings["pretraining"]["max_steps"], settings["merging"]["max_steps"]) == (300, 30)
+    assert settings["start"] == {"config_name": "nano", "start_merge_ratio": 0.0}
+    assert recipe_study.build_settings("tiny", 0.9, None)["merging"] == recipe_study.SETTINGS["merging"]

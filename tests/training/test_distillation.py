@@ -32,7 +32,9 @@ def tiny_model(seed: int = 0, text: dict | None = None, **vision) -> MLIPModel:
     return model.train()
 
 
-def make_trainer(folder, seed: int = 0, with_evaluation: bool = False, **changes) -> MLIPTrainer:
+def make_trainer(
+    folder, seed: int = 0, with_evaluation: bool = False, num_references: int = 0, **changes
+) -> MLIPTrainer:
     """A trainer of 12 pairs, whose model has the vocabulary of its tokenizer."""
     processor = cached_processor()
     tokenizer = processor.tokenizer
@@ -40,7 +42,8 @@ def make_trainer(folder, seed: int = 0, with_evaluation: bool = False, **changes
     model = tiny_model(seed, text={**text, "vocab_size": len(tokenizer)})
     rows = make_rows(12)
     args, eval_rows = arguments(folder, **changes), rows if with_evaluation else None
-    return MLIPTrainer(model, args, rows, eval_rows, processing_class=processor)
+    references = make_rows(num_references) if num_references else None
+    return MLIPTrainer(model, args, rows, eval_rows, processing_class=processor, reference_dataset=references)
 
 
 def arguments(folder="unused", **changes) -> MLIPTrainingArguments:
@@ -50,9 +53,15 @@ def arguments(folder="unused", **changes) -> MLIPTrainingArguments:
     return MLIPTrainingArguments(str(folder), **{**defaults, **changes})
 
 
+def with_references(batch: dict, references: dict) -> dict:
+    """The batch with reference pairs, as `ReferenceCollator` adds them."""
+    return {**batch, **{f"reference_{name}": tensor for name, tensor in references.items()}}
+
+
 def losses_of(model: MLIPModel, part: Distillation, batch: dict) -> torch.Tensor:
     inputs = {**batch, **part.targets(batch)}
-    rows = part.rows(model, model(**batch), inputs)
+    outputs = model(**{name: tensor for name, tensor in batch.items() if name not in part.input_names})
+    rows = part.rows(model, outputs, inputs)
     [loss] = part(model, rows, part.columns(model, rows, Exchange(len(batch["input_ids"])))).values()
     return loss
 
@@ -61,13 +70,18 @@ def unit(embeds: torch.Tensor) -> torch.Tensor:
     return embeds / embeds.square().sum(dim=1, keepdim=True).sqrt()
 
 
+@pytest.mark.parametrize("prefix", ["", "reference_"])
 @pytest.mark.parametrize("with_text", [True, False])
 @pytest.mark.parametrize("loss_type", ["features", "similarities"])
-def test_the_loss_equals_a_formula_in_float64(loss_type, with_text):
+def test_the_loss_equals_a_formula_in_float64(loss_type, with_text, prefix):
     model, teacher = tiny_model(0).double().eval(), tiny_model(1).double()
     batch = pairs_batch(5)
     batch["pixel_values"] = batch["pixel_values"].double()
-    found = losses_of(model, Distillation("keep", teacher, 0.25, loss_type, with_text=with_text), batch)
+    others = pairs_batch(5, seed=1)
+    others["pixel_values"] = others["pixel_values"].double()
+    inputs = with_references(others, batch) if prefix else batch
+    part = Distillation("keep", teacher, 0.25, loss_type, with_text=with_text, prefix=prefix)
+    found = losses_of(model, part, inputs)
 
     reference = tiny_model(1, merge_ratio=0.25).double().eval()
     embeds = []
@@ -134,9 +148,10 @@ def gradients(mini_batch_size: int | None, loss_type: str) -> tuple[dict[str, to
     """Gradients of a step with dropout in the model, and the number of pairs of each call of the teacher."""
     model = tiny_model(attention_dropout=0.0).double()
     args = arguments(mini_batch_size=mini_batch_size, keep_type=loss_type, **BOTH)
-    trainer = MLIPTrainer(model, args, make_rows(6), processing_class=cached_processor())
-    batch = pairs_batch(6)
-    batch["pixel_values"] = batch["pixel_values"].double()
+    rows = make_rows(6)
+    trainer = MLIPTrainer(model, args, rows, processing_class=cached_processor(), reference_dataset=rows)
+    batch = with_references(pairs_batch(6), pairs_batch(6, seed=1))
+    batch |= {name: tensor.double() for name, tensor in batch.items() if tensor.is_floating_point()}
     trainer.current_gradient_accumulation_steps = 1
     teacher, calls = trainer.training_objective.parts["keep"].teacher, []
     teacher.visual_projection.weight.add_(0.1)  # so that it differs from the model
@@ -148,7 +163,7 @@ def gradients(mini_batch_size: int | None, loss_type: str) -> tuple[dict[str, to
 @pytest.mark.parametrize("loss_type", ["features", "similarities"])
 def test_mini_batches_give_the_gradients_of_the_whole_batch_and_run_the_teacher_once(loss_type):
     (whole, calls), (split, split_calls) = gradients(None, loss_type), gradients(4, loss_type)
-    assert calls == [6, 6] and split_calls == [3, 3, 3, 3]  # each part calls the shared teacher
+    assert calls == [6, 6, 6] and split_calls == [3, 3, 3, 3, 3, 3]  # each part calls the shared teacher
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
@@ -166,7 +181,7 @@ def test_the_teacher_draws_no_random_numbers_and_stays_in_evaluation_mode():
 def test_a_run_leaves_the_teacher_as_it_was_and_out_of_its_files(tmp_path):
     trainers = []
     for folder, resumed in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-2")):
-        trainer = make_trainer(tmp_path / folder, **BOTH)
+        trainer = make_trainer(tmp_path / folder, num_references=5, **BOTH)
         model = trainer.model
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         trainer.train(resume_from_checkpoint=resumed and str(resumed))
@@ -176,13 +191,14 @@ def test_a_run_leaves_the_teacher_as_it_was_and_out_of_its_files(tmp_path):
         assert not torch.equal(model.visual_projection.weight, start["visual_projection.weight"])
     whole, resumed = (trainer.model.state_dict() for trainer in trainers)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
-    assert {"keep_loss", "unmerged_loss"} <= set().union(*trainers[0].state.log_history)
+    assert {"keep_loss", "reference_loss", "unmerged_loss"} <= set().union(*trainers[0].state.log_history)
     state = torch.load(tmp_path / "whole" / "checkpoint-2" / "objective.pt", weights_only=True)["objective"]
     assert {name: tensor.shape for name, tensor in state.items()} == {
         "parts.keep.teacher_digest": (32,),
+        "parts.reference.teacher_digest": (32,),
         "parts.unmerged.teacher_digest": (32,),
     }
-    other = make_trainer(tmp_path / "other", seed=1, **BOTH)
+    other = make_trainer(tmp_path / "other", seed=1, num_references=5, **BOTH)
     with pytest.raises(ValueError, match=r"distilled \(keep\) from a model with other weights.*same starting model"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
@@ -194,6 +210,8 @@ def test_arguments_choose_the_parts():
     keep, unmerged = objective.parts["keep"], objective.parts["unmerged"]
     assert (keep.merge_ratio, keep.weight, keep.with_text, keep.loss_type) == (0.25, 0.7, True, "similarities")
     assert (unmerged.merge_ratio, unmerged.weight, unmerged.with_text) == (0.0, 2.0, False)
+    [_, reference] = build_objective(model, arguments(reference_weight=3.0), 0.25, has_references=True).parts.values()
+    assert (reference.name, reference.merge_ratio, reference.weight) == ("reference", 0.25, 3.0)
     assert build_objective(model, arguments(**BOTH)).parts["keep"].merge_ratio == 0.5
     with pytest.raises(ValueError, match="distill_unmerged=1.0 has no effect at merge_ratio=0.0: set merge_ratio"):
         build_objective(tiny_model(merge_ratio=0.0), arguments(distill_unmerged=1.0))

@@ -150,8 +150,7 @@ def test_every_flag_of_a_recipe_parses(recipe, tmp_path, monkeypatch):
         assert data_args.train_file.endswith("/*.tar")
 
 
-@pytest.mark.parametrize("name, stage", [("zero2.json", 2), ("zero3.json", 3)])
-def test_transformers_fills_every_blank_of_the_deepspeed_files(name, stage):
+def test_transformers_fills_every_blank_of_the_deepspeed_file():
     """DeepSpeed itself is not needed: this is what transformers does with the file before DeepSpeed sees it."""
 
     class Config(HfDeepSpeedConfig):
@@ -162,12 +161,12 @@ def test_transformers_fills_every_blank_of_the_deepspeed_files(name, stage):
         trainer_config_finalize = HfTrainerDeepSpeedConfig.trainer_config_finalize
 
     args = MLIPTrainingArguments("unused", use_cpu=True, bf16=True, report_to="none")
-    filled = Config(json.loads((RECIPES / name).read_text()))
+    filled = Config(json.loads((RECIPES / "zero2.json").read_text()))
     filled.mismatches, filled._dtype = [], None
     filled.trainer_config_process(args)
     filled.trainer_config_finalize(args, SimpleNamespace(config=small_model().config), 100)
     assert "auto" not in json.dumps(filled.config)
-    assert filled.config["zero_optimization"]["stage"] == stage
+    assert filled.config["zero_optimization"]["stage"] == 2
     assert filled.config["bf16"]["enabled"] and not filled.config["fp16"]["enabled"]
     assert filled.config["train_batch_size"] == args.per_device_train_batch_size
     assert filled._dtype == torch.bfloat16
