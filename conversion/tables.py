@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from modeling_mlip import MLIPConfig, MLIPTextConfig, MLIPVisionConfig
 
+from .open_clip_configurations import SUPPORTED
 from .timm_towers import is_timm_tower
 
 Table = Mapping[str, str | tuple[str, ...]]
@@ -363,7 +364,7 @@ def _split_layer(name: str) -> tuple[str, str]:
 def _lookup(key: str, table: Table) -> tuple[str, ...]:
     pattern, layer = _split_layer(key)
     if pattern not in table:
-        raise ValueError(f"{key} is not a parameter of a tower that MLIP converts: MLIP has no place for it.")
+        raise ValueError(f"{key} is not a parameter of a supported tower; {SUPPORTED}.")
     names = table[pattern]
     return tuple(name.format(layer) for name in ((names,) if isinstance(names, str) else names))
 

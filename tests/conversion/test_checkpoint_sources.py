@@ -188,6 +188,9 @@ def test_config_and_weights_that_contradict_each_other_are_named(tmp_path, state
     assert "ls_1.gamma" in refusal(state, ls_init_value=0.1)
     assert "ln_pre" in refusal(state, no_ln_pre=True)
     assert "visual.attn_pool.query" in refusal({**state, "visual.attn_pool.query": torch.ones(1)})
+    registers = refusal({**state, "visual.register_tokens": torch.ones(4, 48)})
+    assert registers.startswith("visual.register_tokens is not a parameter of a supported tower; MLIP converts")
+    assert "\n" not in registers
     assert "logit_bias" in refusal({**state, "logit_bias": torch.ones(1)})
     missing = {key: tensor for key, tensor in state.items() if key != "text_projection"}
     assert "text_projection" in refusal(missing)

@@ -285,8 +285,10 @@ def test_towers_that_are_not_supported_are_named_and_nothing_is_written(tmp_path
     assert "vit_base_patch16_siglip_gap_224" in refusal(tmp_path, gap)
     average = cfg | {"vision_cfg": cfg["vision_cfg"] | {"timm_pool": "avg"}}
     assert f"{TIMM_NAME} with timm_pool='avg'" in refusal(tmp_path, average)
-    registers = cfg | {"vision_cfg": cfg["vision_cfg"] | {"timm_model_name": "vit_base_patch16_dinov3"}}
-    assert "vit_base_patch16_dinov3" in refusal(tmp_path, registers)
+    hybrid, naflex, registers = "vit_base_r50_s16_224", "naflexvit_base_patch16_siglip", "vit_base_patch14_reg4_dinov2"
+    for name in (hybrid, naflex, registers):
+        other = cfg | {"vision_cfg": cfg["vision_cfg"] | {"timm_model_name": name}}
+        assert f"the timm image tower {name} is not supported; MLIP converts" in refusal(tmp_path, other)
     larger = cfg | {"vision_cfg": cfg["vision_cfg"] | {"image_size": 64}}
     assert f"image_size=64, but the timm image tower {TIMM_NAME} takes 32 pixels" in refusal(tmp_path, larger)
 
