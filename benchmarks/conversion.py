@@ -6,15 +6,15 @@
     python benchmarks/conversion.py --only ViT-g-14 --full
 
 Each configuration gets random weights (norms, biases and LayerScale too), is written as an OpenCLIP folder, converted
-as `mlip convert` does it and compared with open_clip, each step in a process of its own. Models above ViT-H/14, and all
-SigLIP models but two, are converted on the meta device, which checks names and shapes both ways but no values, unless
-`--full` is given. At the end the command prints for how many of open_clip's pretrained tags the configuration is
-supported.
+as `mlip convert` does it and compared with open_clip, each step in a process of its own. The models of `LARGE` are
+converted on the meta device, which checks names and shapes both ways but no values, unless `--full` is given. At the
+end the command prints for how many of open_clip's pretrained tags the configuration is supported.
 Tokenizers that would have to be downloaded are replaced by stand-ins with the same special ids. "memory" is the peak
 resident set of the converting process over that after its imports, in units of the checkpoint; mapped files count.
 """
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -26,17 +26,20 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results" / "conversion.json"
+# Names of models of more than 1.1 billion parameters begin so.
 LARGE = (
     "ViT-g-",
     "ViT-bigG-",
     "ViT-e-",
+    "ViT-gopt-",
+    "ViT-SO400M-14-SigLIP2",
+    "ViT-SO400M-16-",
     "xlm-roberta-large-",
     "nllb-clip-large",
     "EVA01-g-",
     "EVA02-E-",
     "PE-Core-bigG-",
 )
-SIGLIP_IN_VALUES = ("ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256")
 # Special ids of the tokenizers that OpenCLIP names.
 SPECIAL = {
     "bert-base-uncased": {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102},
@@ -58,6 +61,7 @@ def names() -> list[str]:
     return [name for name in open_clip.list_models() if is_supported(name)]
 
 
+@functools.cache
 def is_supported(name: str) -> bool:
     """Whether the configuration of a model of open_clip converts."""
     import open_clip
@@ -190,8 +194,7 @@ def _step(*arguments: str) -> str:
 
 
 def check_configuration(name: str, full: bool) -> dict:
-    is_large = name.startswith(LARGE) or ("SigLIP" in name and name not in SIGLIP_IN_VALUES)
-    if is_large and not full:
+    if name.startswith(LARGE) and not full:
         return json.loads(_step("--meta", name))
     with tempfile.TemporaryDirectory() as folder:
         _step("--make", name, folder)
@@ -215,14 +218,20 @@ def read_results() -> dict[str, dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
-def main() -> None:
+def is_measured(name: str, results: dict[str, dict], full: bool) -> bool:
+    """Whether a result is there, and with `full` one in values."""
+    result = results.get(name, {"error": "not measured"})
+    return "error" not in result and not (full and result.get("meta"))
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="one configuration, measured anew")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations, measured anew")
     parser.add_argument("--full", action="store_true", help="compare the values of all models")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--meta", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.make:
         return write_random_checkpoint(arguments.make[0], Path(arguments.make[1]))
@@ -230,12 +239,15 @@ def main() -> None:
         result = measure_conversion(Path(arguments.measure)) if arguments.measure else measure_on_meta(arguments.meta)
         return print(json.dumps(result))
 
+    if unknown := [name for name in arguments.only or () if name not in names()]:
+        parser.error(f"{unknown[0]} is not a configuration of open_clip that MLIP supports")
+
     results = read_results()
     heads = f"{'image':>10} {'text':>10} {'logits':>10} {'seconds':>8} {'peak GB':>8} {'memory':>7}"
     print(f"{'configuration':<30} {'GB':>6} {heads}")
-    wanted = [arguments.only] if arguments.only else names()
+    wanted = arguments.only or names()
     for name in wanted:
-        if arguments.only or name not in results or "error" in results[name]:
+        if arguments.only or not is_measured(name, results, arguments.full):
             try:
                 result = check_configuration(name, arguments.full)
             except RuntimeError as error:
