@@ -1,11 +1,14 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
-"""Transformers' own tests, inherited, on every public class; and on CLIP's in the same way, to compare with.
+"""Transformers' own tests, inherited, on every public class; and on CLIP's and SigLIP's in the same way, to compare.
 
-Three families: CLIP, MLIP at `merge_ratio=0`, MLIP at `merge_ratio=0.3`. Four kinds of model: text towers, vision
-towers, both together, image classification. Without an image nothing merges, so text is tested once.
+Six families: CLIP and SigLIP, MLIP with the towers of each at `merge_ratio=0`, and both at `merge_ratio=0.3`. Four
+kinds of model: text towers, vision towers, both together, image classification. Without an image nothing merges, so
+text is tested once.
 """
 
 import unittest
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 
 import torch
 import transformers
@@ -15,23 +18,72 @@ from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tens
 import modeling_mlip
 
 BATCH_SIZE, LENGTH, SIDE, PATCH = 4, 7, 24, 4
-SIZES = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, projection_dim=32)
+SIZES = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4)
 
 
+@dataclass(frozen=True)
 class Family:
-    """Classes by the names that CLIP and MLIP share, and what their vision configuration is given."""
+    """Classes by the names that CLIP, SigLIP and MLIP share, and keys of their configurations beside the sizes."""
 
-    def __init__(self, module, prefix: str, **vision_keys):
-        self.module, self.prefix, self.vision_keys = module, prefix, vision_keys
+    module: ModuleType
+    prefix: str
+    vision_keys: dict = field(default_factory=dict)
+    text_keys: dict = field(default_factory=dict)
+    keys: dict = field(default_factory=dict)
+    properties: tuple[str, ...] = ("projection_dim", "logit_scale_init_value")  # of the configuration of both towers
+    endings: tuple[str, ...] = ("", "WithProjection")  # of the names of the tower classes
+    num_prefix_tokens: int = 1
 
     def __getitem__(self, name: str):
         return getattr(self.module, self.prefix + name)
 
+    def towers(self, name: str) -> tuple[type, ...]:
+        return tuple(self[name + ending] for ending in self.endings)
 
-CLIP = Family(transformers, "CLIP")
-MLIP = Family(modeling_mlip, "MLIP", merge_ratio=0.0)
-MERGING = Family(modeling_mlip, "MLIP", merge_ratio=0.3)
-MERGING_ONCE = Family(modeling_mlip, "MLIP", merge_ratio=0.3, merge_layers=[0])
+    def merge(self, **vision_keys) -> "Family":
+        return replace(self, vision_keys=self.vision_keys | vision_keys)
+
+
+CLIP = Family(
+    transformers,
+    "CLIP",
+    vision_keys={"projection_dim": 32},
+    text_keys={"max_position_embeddings": 16, "projection_dim": 32},
+    keys={"projection_dim": 32},
+)
+MLIP = replace(CLIP, module=modeling_mlip, prefix="MLIP").merge(merge_ratio=0.0)
+# SigLIP was trained on captions of the full length. Its embeddings are as wide as its towers.
+SIGLIP = Family(
+    transformers,
+    "Siglip",
+    text_keys={"max_position_embeddings": LENGTH},
+    properties=("initializer_factor",),
+    endings=("",),
+    num_prefix_tokens=0,
+)
+SIGLIP_LIKE = Family(
+    modeling_mlip,
+    "MLIP",
+    vision_keys={
+        "use_class_token": False,
+        "pooling": "attention",
+        "use_pre_layernorm": False,
+        "use_visual_projection": False,
+        "hidden_act": "gelu_pytorch_tanh",
+        "projection_dim": 32,
+        "merge_ratio": 0.0,
+    },
+    text_keys={
+        "max_position_embeddings": LENGTH,
+        "pooling": "last",
+        "use_causal_mask": False,
+        "text_projection_bias": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "projection_dim": 32,
+    },
+    keys={"projection_dim": 32, "instance_loss": "sigmoid"},
+    num_prefix_tokens=0,
+)
 
 
 # Testers, as the mixins call them: a small configuration and random inputs
@@ -54,7 +106,7 @@ class TextTester(Tester):
 
     def get_config(self):
         ids = dict(vocab_size=99, bos_token_id=97, eos_token_id=98)
-        return self.family["TextConfig"](max_position_embeddings=16, **SIZES, **ids)
+        return self.family["TextConfig"](**SIZES, **ids, **self.family.text_keys)
 
     def get_inputs(self):
         attention_mask = (torch.arange(LENGTH)[None] < torch.tensor([7, 3, 5, 4])[:, None]).long()
@@ -62,7 +114,11 @@ class TextTester(Tester):
 
 
 class VisionTester(Tester):
-    seq_length, image_size, patch_size = 1 + (SIDE // PATCH) ** 2, SIDE, PATCH
+    image_size, patch_size = SIDE, PATCH
+
+    @property
+    def seq_length(self) -> int:
+        return self.family.num_prefix_tokens + (SIDE // PATCH) ** 2
 
     def get_config(self):
         return self.family["VisionConfig"](image_size=SIDE, patch_size=PATCH, **SIZES, **self.family.vision_keys)
@@ -80,7 +136,7 @@ class PairTester(Tester):
         return self.family["Config"](
             text_config=self.text_model_tester.get_config().to_dict(),
             vision_config=self.vision_model_tester.get_config().to_dict(),
-            projection_dim=32,
+            **self.family.keys,
         )
 
     def get_inputs(self):
@@ -88,7 +144,9 @@ class PairTester(Tester):
 
 
 class ClassificationTester(PairTester):
-    seq_length = VisionTester.seq_length
+    @property
+    def seq_length(self) -> int:
+        return self.vision_model_tester.seq_length
 
     def get_inputs(self):
         return self.vision_model_tester.get_inputs()
@@ -115,7 +173,7 @@ class TowerTests(ModelTesterMixin):
 
 class TextTests(TowerTests):
     def setUp(self):
-        self.all_model_classes = (self.family["TextModel"], self.family["TextModelWithProjection"])
+        self.all_model_classes = self.family.towers("TextModel")
         self.model_tester = TextTester(self.family)
         self.config_tester = ConfigTester(self, self.family["TextConfig"], hidden_size=48)
 
@@ -128,7 +186,7 @@ class VisionTests(TowerTests):
     test_model_get_set_embeddings = without_tokens(ModelTesterMixin.test_model_get_set_embeddings)
 
     def setUp(self):
-        self.all_model_classes = (self.family["VisionModel"], self.family["VisionModelWithProjection"])
+        self.all_model_classes = self.family.towers("VisionModel")
         self.model_tester = VisionTester(self.family)
         self.config_tester = ConfigTester(self, self.family["VisionConfig"], has_text_modality=False, hidden_size=48)
 
@@ -150,7 +208,7 @@ class PairTests(ModelTesterMixin):
     def setUp(self):
         self.all_model_classes = (self.family["Model"],)
         self.model_tester = PairTester(self.family)
-        properties = ["projection_dim", "logit_scale_init_value"]
+        properties = list(self.family.properties)
         self.config_tester = ConfigTester(
             self, self.family["Config"], has_text_modality=False, common_properties=properties
         )
@@ -208,21 +266,76 @@ class MLIPClassification(ClassificationTests, unittest.TestCase):
     family = MLIP
 
 
+class SiglipText(TextTests, unittest.TestCase):
+    family = SIGLIP
+
+    @unittest.expectedFailure  # SiglipTextConfig() of transformers warns about its own token ids, which the test forbids
+    def test_config(self):
+        super().test_config()
+
+
+class SiglipVision(VisionTests, unittest.TestCase):
+    family = SIGLIP
+
+
+class SiglipPair(PairTests, unittest.TestCase):
+    family = SIGLIP
+
+    @unittest.expectedFailure  # as above
+    def test_config(self):
+        super().test_config()
+
+
+class SiglipClassification(ClassificationTests, unittest.TestCase):
+    family = SIGLIP
+
+
+class SiglipLikeText(TextTests, unittest.TestCase):
+    family = SIGLIP_LIKE
+
+
+class SiglipLikeVision(VisionTests, unittest.TestCase):
+    family = SIGLIP_LIKE
+
+
+class SiglipLikePair(PairTests, unittest.TestCase):
+    family = SIGLIP_LIKE
+
+
+class SiglipLikeClassification(ClassificationTests, unittest.TestCase):
+    family = SIGLIP_LIKE
+
+
 class Merging:
+    unmerged: Family
+
     def setUp(self):
+        self.family = self.unmerged.merge(merge_ratio=0.3)
         # In bfloat16 a near-tie of the second layer may merge differently after another attention backend in the first.
         if "eager_matches_sdpa_inference" in self._testMethodName and "bf16" in self._testMethodName:
-            self.family = MERGING_ONCE
+            self.family = self.family.merge(merge_layers=[0])
         super().setUp()
 
 
 class MergingVision(Merging, VisionTests, unittest.TestCase):
-    family = MERGING
+    unmerged = MLIP
 
 
 class MergingPair(Merging, PairTests, unittest.TestCase):
-    family = MERGING
+    unmerged = MLIP
 
 
 class MergingClassification(Merging, ClassificationTests, unittest.TestCase):
-    family = MERGING
+    unmerged = MLIP
+
+
+class MergingSiglipLikeVision(Merging, VisionTests, unittest.TestCase):
+    unmerged = SIGLIP_LIKE
+
+
+class MergingSiglipLikePair(Merging, PairTests, unittest.TestCase):
+    unmerged = SIGLIP_LIKE
+
+
+class MergingSiglipLikeClassification(Merging, ClassificationTests, unittest.TestCase):
+    unmerged = SIGLIP_LIKE
