@@ -269,7 +269,8 @@ class MLIPClassification(ClassificationTests, unittest.TestCase):
 class SiglipText(TextTests, unittest.TestCase):
     family = SIGLIP
 
-    @unittest.expectedFailure  # SiglipTextConfig() of transformers warns about its own token ids, which the test forbids
+    # SiglipTextConfig() of transformers warns about its own token ids, which the test forbids.
+    @unittest.expectedFailure
     def test_config(self):
         super().test_config()
 
