@@ -4,9 +4,9 @@
     pip install deepspeed
     python benchmarks/deepspeed_engines.py
 
-Every run is `mlip train` with `recipes/zero2.json`, in float32: four steps, each of two
-accumulated batches of three pairs per process, with the token loss over all pairs, an evaluation and a checkpoint every
-two steps, and a temperature that starts above its limit. With SGD the differences of the weights are those of the
+Every run is `mlip train` in float32, by `recipes/zero2.json` or DDP: four steps, each of two accumulated batches of
+three pairs per process, with the token loss over all pairs, an evaluation and a checkpoint every two steps, and a
+temperature that starts above its limit. With SGD the differences of the weights are those of the
 gradients times the learning rate. The exit status is 1 if a run differs by more than float32's error.
 """
 
@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModel
 
+from modeling_mlip.conversion.parity import largest
 from modeling_mlip.hub.cli import main as mlip
 
 ROOT = Path(__file__).parents[1]
@@ -111,11 +112,8 @@ def compare_engines(root: Path, quick: bool) -> Iterator[dict[str, Any]]:
     forms = {"mini-batches": MINI_BATCHES} if quick else {"plain": "", "mini-batches": MINI_BATCHES}
     for optimizer in ["AdamW"] if quick else OPTIMIZERS:
         for form, more in forms.items():
-            flags, name, reference = (
-                f"{OPTIMIZERS[optimizer]} {more}",
-                f"ZeRO-2-{optimizer}-{form}",
-                f"DDP-{optimizer}-{form}",
-            )
+            flags = f"{OPTIMIZERS[optimizer]} {more}"
+            name, reference = f"ZeRO-2-{optimizer}-{form}", f"DDP-{optimizer}-{form}"
             train_in_two_processes(root, reference, flags, uses_deepspeed=False)
             seconds = train_in_two_processes(root, name, flags)
             comparison = {"optimizer": optimizer, "form": form, "against": "DDP"}
@@ -135,10 +133,12 @@ def compare_runs(root: Path, name: str, reference: str, tolerance: float) -> dic
     start = load_file(root / "start" / "model.safetensors")
     if weights.keys() != expected.keys():
         raise RuntimeError(f"{name}: other weights than {reference}: {weights.keys() ^ expected.keys()}.")
-    difference = max((weights[key] - expected[key]).abs().max().item() for key in weights)
-    change = max((expected[key] - start[key]).abs().max().item() for key in weights)
+    difference = largest((weights[key] - expected[key]).abs().max().item() for key in weights)
+    change = largest((expected[key] - start[key]).abs().max().item() for key in weights)
     logs, expected_logs = (read_log(root / run) for run in (name, reference))
-    metric_difference = max(
+    if logs.keys() != expected_logs.keys():
+        raise RuntimeError(f"{name} logged other values than {reference}: {logs.keys() ^ expected_logs.keys()}.")
+    metric_difference = largest(
         abs(value - expected_logs[key]) / max(1.0, abs(expected_logs[key])) for key, value in logs.items()
     )
     is_whole = is_whole_model(root / name) and is_whole_model(root / name / "checkpoint-4")
@@ -167,7 +167,7 @@ def read_log(folder: Path) -> dict[tuple[int, str], float]:
 def is_whole_model(folder: Path) -> bool:
     """Whether a folder loads with `AutoModel`, every weight from its file, all of them those of the run."""
     model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
-    saved = load_file(folder.parent / folder.name / "model.safetensors")
+    saved = load_file(folder / "model.safetensors")
     loaded = model.state_dict()
     return not any(report.values()) and all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 

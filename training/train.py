@@ -115,6 +115,12 @@ def check_tasks(model_args: ModelArguments, args: MLIPTrainingArguments, referen
     for flag, is_given in {**flags, f"--reference_file {reference_file}": reference_file}.items():
         if is_given and model_args.model_name_or_path is None:
             raise ValueError(f"{flag} keeps what a model knew before training: give it as --model_name_or_path.")
+    default_weight = MLIPTrainingArguments.reference_weight
+    if reference_file is None and args.reference_weight != default_weight:
+        raise ValueError(
+            f"--reference_weight {args.reference_weight:g} has no effect without --reference_file: give the file, or "
+            "leave it out."
+        )
     if reference_file is not None and not args.do_train:
         raise ValueError(f"--reference_file {reference_file} has no effect without training: leave it out.")
     if args.do_train:

@@ -232,19 +232,8 @@ def test_siglip_speed_counts_the_flops_that_merging_saves(tmp_path, capsys):
     text = {**tower, "max_position_embeddings": 8, "projection_size": 64}
     config = SiglipConfig(text_config=text, vision_config={**tower, "image_size": 64, "patch_size": 8})
     output = tmp_path / "speed.json"
-    flags = [
-        "--rounds",
-        "1",
-        "--turn_seconds",
-        "0",
-        "--batch_size",
-        "2",
-        "--merge_ratios",
-        "0.5",
-        "--output",
-        str(output),
-    ]
-    load_benchmark("siglip_speed.py").main(flags, config)
+    flags = "--rounds 1 --turn_seconds 0 --batch_size 2 --merge_ratios 0.5 --output".split()
+    load_benchmark("siglip_speed.py").main([*flags, str(output)], config)
     rows = json.loads(output.read_text())["rows"]
     assert [row["method"] for row in rows] == ["SigLIP (transformers)", "MLIP", *["ward", "mlip"] * 2]
     assert rows[1]["flop_ratio"] == pytest.approx(1, abs=0.01)

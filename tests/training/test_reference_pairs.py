@@ -74,6 +74,7 @@ def test_the_command_keeps_the_embeddings_of_a_reference_file(drawn, trained, tm
         assert entry["loss"] == pytest.approx(expected + 3 * entry["reference_loss"], abs=2e-3)
     capfd.readouterr()
     for wrong, message in (
+        (["--reference_weight", "3"], "--reference_weight 3 has no effect without --reference_file"),
         (["--reference_file", drawn[1]], "--reference_file .* keeps what a model knew before training: give it as"),
         ([*flags, "--do_eval"], "--reference_file .* has no effect without training"),
     ):
