@@ -35,7 +35,8 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def runs_by_arm(record: dict[str, Any], equal: str) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each arm with the number of steps that `run.steps_of` gives for "steps", "compute" or "short"."""
+    """The runs of each arm with the number of steps that `run.steps_of` gives for "steps", "compute", "short" or
+    "long"."""
     runs_of: dict[str, list[dict[str, Any]]] = {}
     for arm in (arm for arm in record["arms"] if arm in record["step_seconds"]):
         steps = steps_of(record, arm, equal)
@@ -51,6 +52,8 @@ def metrics_table(record: dict[str, Any], equal: str) -> list[dict[str, Any]]:
     for arm, runs in runs_by_arm(record, equal).items():
         row: dict[str, Any] = {"": arm, "seeds": len(runs), "steps": runs[0]["steps"]}
         row["step time / CLIP's"] = record["step_seconds"][arm] / record["step_seconds"]["CLIP"]
+        if repeated := [each[arm] / each["CLIP"] for each in record.get("repeated_step_seconds", []) if arm in each]:
+            row["measured again"] = ", ".join(f"{share:.2f}" for share in repeated)
         if arm in (gflops := record.get("step_gflops", {})):
             row["FLOPs of a run / CLIP's"] = gflops[arm] * row["steps"] / (gflops["CLIP"] * clip_steps(record))
         for name in SHOWN:
@@ -116,6 +119,30 @@ def draw_arms(axes: Axes, runs_of: dict[str, list[dict[str, Any]]], data: StudyD
     axes.set_title(f"{data.name}: equal training compute")
 
 
+def draw_curves(record: dict[str, Any], data: StudyData, folder: Path) -> Path | None:
+    """Draw the metric during the runs that were evaluated in between, over compute. `None` if there are none."""
+    runs = [run for run in record["runs"] if "curve" in run]
+    if not runs:
+        return None
+    seconds, budget = record["step_seconds"], record["step_seconds"]["CLIP"] * clip_steps(record)
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for run in sorted(runs, key=lambda run: list(record["arms"]).index(run["arm"])):
+        steps = sorted(map(int, run["curve"]))
+        compute = [step * seconds[run["arm"]] / budget for step in steps]
+        axes.plot(compute, [run["curve"][str(step)][data.metric] for step in steps], "o-", label=run["arm"])
+    axes.set_xlabel(f"compute, in multiples of {clip_steps(record)} steps of CLIP")
+    axes.set_ylabel(f"{data.metric_label}, %")
+    axes.set_title(f"{data.name}: validation during training")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"study_{data.name}_curves.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
 def draw_ratios(axes: Axes, runs_of: dict[str, list[dict[str, Any]]], data: StudyData) -> None:
     for arm, runs in runs_of.items():
         ratios = sorted(runs[0]["at_ratio"], key=float)
@@ -131,7 +158,10 @@ def draw_ratios(axes: Axes, runs_of: dict[str, list[dict[str, Any]]], data: Stud
 
 def print_study(record: dict[str, Any], data: StudyData) -> None:
     print(f"# {data.name}: {record['machine']}\n")
-    titles = {"compute": "Equal compute", "steps": "Equal steps", "short": "60 % of CLIP's compute"}
+    titles = {
+        **{"compute": "Equal compute", "steps": "Equal steps"},
+        **{"short": "60 % of CLIP's compute", "long": "Five times CLIP's compute"},
+    }
     for equal, title in titles.items():
         if rows := metrics_table(record, equal):
             print(f"{title}:\n{format_table(rows)}\n")
@@ -152,7 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
         record = json.loads(path.read_text())
         data = read_study_data(path.stem)
         print_study(record, data)
-        print(f"Figure written to {draw_study(record, data, flags.output_dir)}\n")
+        for path in (draw_study(record, data, flags.output_dir), draw_curves(record, data, flags.output_dir)):
+            if path is not None:
+                print(f"Figure written to {path}\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ equal steps.
     python benchmarks/study/figures.py
 
 A data set is a JSON file, see study_data.py; `--data my-data.json` takes one of yours. All arms use `MLIPTrainer`, the
-configuration `tiny`, the same data, schedule and initialisation; they differ in the overrides that `ARMS` lists.
+configuration of the data set, the same data, schedule and initialisation. They differ in the overrides in `ARMS`.
 
 Compute is the CPU time of training steps on one core. `calibrate` measures it for the requested arms and CLIP in turn,
 and counts their FLOPs. An arm at equal compute trains for as many steps as fit into CLIP's time. Decoding is not
@@ -34,7 +34,7 @@ import torch
 from study_data import PIXEL_MEAN, PIXEL_STD, InMemoryPairs, StudyData, augment, load_study_data, read_study_data
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import CLIPImageProcessor, CLIPProcessor, set_seed
+from transformers import CLIPImageProcessor, CLIPProcessor, TrainerCallback, set_seed
 
 from modeling_mlip import MLIPConfig, MLIPModel
 from modeling_mlip.data.caption_tokenizer import train_tokenizer
@@ -42,6 +42,7 @@ from modeling_mlip.evaluation.embedding import class_embeddings, evaluating
 from modeling_mlip.evaluation.metrics import retrieval_metrics, zero_shot_metrics
 from modeling_mlip.hub.configurations import named_config, override_config
 from modeling_mlip.training.arguments import MLIPTrainingArguments
+from modeling_mlip.training.objective import Objective
 from modeling_mlip.training.schedules import StepSchedule, resize_images
 from modeling_mlip.training.trainer import MLIPTrainer
 
@@ -70,6 +71,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "MLIP, all parts but merging": PARTS,
     "MLIP, all parts, at 0.3": {**PARTS, "merge_ratio": 0.3, **FALLING},
     "MLIP, all parts, at 0.7": {**PARTS, "merge_ratio": 0.7, **FALLING},
+    "MLIP but frequency": {**HALF, **FALLING, "frequency_layers": 0, "frequency_loss_weight": 0},
     "MLIP, SPARC token loss": {**HALF, **FALLING, "token_loss_type": "sparc", "token_loss_weight": 0.5},
     "MLIP, patch dropout": {**HALF, "start_patch_dropout": 0.8},
 }
@@ -89,20 +91,23 @@ IMAGES_AT_ONCE, CAPTIONS_AT_ONCE = 100, 1000
 # One run
 
 
-def build_arm_model(
-    arm: str, tokenizer: Any, image_size: int, overrides: dict[str, Any], attn_implementation: str = "eager"
-) -> MLIPModel:
-    """Build `tiny` with the overrides of the data set and of an arm, and the special ids of the tokenizer."""
-    overrides = overrides | {name: value for name, value in ARMS[arm].items() if name not in SCHEDULE}
-    config = named_config("tiny")
-    if image_size != config.vision_config.image_size:
-        overrides["image_size"] = image_size
+def build_arm_model(arm: str, tokenizer: Any, data: StudyData, attn_implementation: str = "eager") -> MLIPModel:
+    """Build the configuration of the data set, changed as an arm says, with the special ids of the tokenizer."""
+    overrides = data.model | {name: value for name, value in ARMS[arm].items() if name not in SCHEDULE}
+    config = named_config(data.config)
+    if data.image_size != config.vision_config.image_size:
+        overrides["image_size"] = data.image_size
     config = override_config(config, overrides)
     text = config.text_config.to_dict() | {
         name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
     config = MLIPConfig(**{**config.to_dict(), "text_config": {**text, "vocab_size": len(tokenizer)}})
     return MLIPModel._from_config(config, attn_implementation=attn_implementation)
+
+
+def longest_caption(data: StudyData) -> int:
+    """Tokens after which captions are cut off."""
+    return min(MAX_SEQ_LENGTH, named_config(data.config).text_config.max_position_embeddings)
 
 
 def attention_on(device: str) -> str:
@@ -122,34 +127,82 @@ def read_device_clock(device: str) -> float:
     return time.perf_counter()
 
 
-def train_arm(data: StudyData, arm: str, seed: int, steps: int, bf16: bool, device: str = "cpu") -> dict[str, Any]:
-    """Train and evaluate one arm; return its entry of the result file."""
+def train_arm(
+    data: StudyData,
+    arm: str,
+    seed: int,
+    steps: int,
+    bf16: bool,
+    device: str = "cpu",
+    num_evaluations: int = 0,
+    objective: Objective | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate one arm; return its entry of the result file.
+
+    Args:
+        num_evaluations: number of evaluations during training, evenly spaced; "curve" holds their metrics.
+        objective: losses of the run; `None` gives those of the model.
+    """
     prepare_threads(device)
     set_seed(seed)
     loaded = load_study_data(data)
     images, captions = loaded["train"]
-    tokenizer = train_tokenizer(flatten(captions), max_seq_length=MAX_SEQ_LENGTH)
+    tokenizer = train_tokenizer(flatten(captions), max_seq_length=longest_caption(data))
     size = {"height": data.image_size, "width": data.image_size}
     image_processor = CLIPImageProcessor(
         size=size, crop_size=size, image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3
     )
-    model = build_arm_model(arm, tokenizer, data.image_size, data.model, attention_on(device))
+    model = build_arm_model(arm, tokenizer, data, attention_on(device))
+
+    def measure() -> dict[str, float]:
+        return evaluate_arm(data, model, tokenizer, loaded, bf16)
+
+    curve = CurveCallback(measure, [round(steps * n / num_evaluations) for n in range(1, num_evaluations)], device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = MLIPTrainer(
             model,
             training_arguments(data, arm, seed, steps, bf16, folder, device),
             train_dataset=InMemoryPairs(images, captions, data),
             processing_class=CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer),
+            callbacks=[curve],
+            objective=objective,
         )
         start = read_device_clock(device)
         trainer.train()
     seconds_name = "cpu_seconds" if device == "cpu" else "seconds"
-    run = {"arm": arm, "seed": seed, "steps": steps, seconds_name: round(read_device_clock(device) - start, 1)}
+    seconds = read_device_clock(device) - start - curve.seconds
+    run = {"arm": arm, "seed": seed, "steps": steps, seconds_name: round(seconds, 1)}
+    run |= evaluate_settings(arm, model, measure)
+    if num_evaluations:
+        run["curve"] = {**curve.metrics, str(steps): {name: run[name] for name in measured_names(run)}}
+    return run
 
-    def measure() -> dict[str, float]:
-        return evaluate_arm(data, model, tokenizer, loaded, bf16)
 
-    return run | evaluate_settings(arm, model, measure)
+class CurveCallback(TrainerCallback):
+    """Evaluates a run during training, as it is evaluated at its end.
+
+    Args:
+        measure: returns the metrics of the model.
+        steps: the training steps after which it is called.
+    """
+
+    def __init__(self, measure: Callable[[], dict[str, float]], steps: list[int], device: str):
+        self.measure, self.steps, self.device = measure, set(steps), device
+        self.metrics: dict[str, dict[str, float]] = {}
+        self.seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step not in self.steps:
+            return
+        start = read_device_clock(self.device)
+        with torch.random.fork_rng():
+            self.metrics[str(state.global_step)] = self.measure()
+        self.seconds += read_device_clock(self.device) - start
+
+
+def measured_names(run: dict[str, Any]) -> list[str]:
+    """The metrics of a run."""
+    return [name for name in run if "recall" in name or name.endswith("_accuracy")]
 
 
 def training_arguments(
@@ -214,7 +267,7 @@ def evaluate_arm(
         amounts = (data.shift / 2, data.scale / 2, data.colour / 2)
         copies += [augment(copies[0], *amounts, generator) for _ in range(EVALUATION_COPIES - 1)]
     texts = flatten(captions)
-    encoded = tokenizer(texts, padding=True, truncation=True, max_length=MAX_SEQ_LENGTH, return_tensors="pt")
+    encoded = tokenizer(texts, padding=True, truncation=True, max_length=longest_caption(data), return_tensors="pt")
     caption_image = torch.repeat_interleave(torch.tensor([len(each) for each in captions]))
     first_place = {text: place for place, text in reversed(list(enumerate(texts)))}
     caption_ids = torch.unique(torch.tensor([first_place[text] for text in texts]), return_inverse=True)[1]
@@ -234,7 +287,7 @@ def evaluate_arm(
             recalls.append(retrieval_metrics(image_embeds[-1], text_embeds, caption_image, caption_ids))
     metrics = mean_recalls(recalls, data.recall_at)
     for name, (labels, class_names) in loaded["labels"].items():
-        classes = class_embeddings(model, tokenizer, class_names, [data.zero_shot[name]], device, MAX_SEQ_LENGTH)
+        classes = class_embeddings(model, tokenizer, class_names, [data.zero_shot[name]], device, longest_caption(data))
         metrics[f"{name}_accuracy"] = zero_shot_metrics(image_embeds[0], labels, classes.cpu())["accuracy@1"]
     return {name: round(value, 2) for name, value in metrics.items()}
 
@@ -272,15 +325,12 @@ def calibrate(
     prepare_threads(device)
     set_seed(0)
     images, captions = load_study_data(data)["train"]
-    tokenizer = train_tokenizer(flatten(captions), max_seq_length=MAX_SEQ_LENGTH)
+    tokenizer = train_tokenizer(flatten(captions), max_seq_length=longest_caption(data))
     texts = [image_captions[0] for image_captions in captions[: data.batch]]
-    batch = dict(tokenizer(texts, padding=True, truncation=True, max_length=MAX_SEQ_LENGTH, return_tensors="pt"))
+    batch = dict(tokenizer(texts, padding=True, truncation=True, max_length=longest_caption(data), return_tensors="pt"))
     batch["pixel_values"] = (images[: data.batch].float() / 255 - PIXEL_MEAN) / PIXEL_STD
     batch = {name: values.to(device) for name, values in batch.items()}
-    models = {
-        arm: build_arm_model(arm, tokenizer, data.image_size, data.model, attention_on(device)).to(device).train()
-        for arm in arms
-    }
+    models = {arm: build_arm_model(arm, tokenizer, data, attention_on(device)).to(device).train() for arm in arms}
     optimizers = {arm: torch.optim.AdamW(model.parameters(), lr=1e-5) for arm, model in models.items()}
     schedules = {
         arm: StepSchedule(model, training_arguments(data, arm, 0, 7, False, "unused", device))
@@ -344,11 +394,16 @@ def clip_steps(record: dict[str, Any]) -> int:
 
 
 def steps_of(record: dict[str, Any], arm: str, equal: str) -> int:
-    """Training steps of an arm: as many as CLIP ("steps"), those that fit into CLIP's time ("compute"), or into 60 % of
-    it ("short")."""
+    """Training steps of an arm: as many as CLIP ("steps"), those that fit into CLIP's time ("compute"), into 60 % of it
+    ("short"), or into five times as much ("long")."""
     seconds, steps = record["step_seconds"], clip_steps(record)
     affordable = steps * seconds["CLIP"] / seconds[arm]
-    return {"steps": steps, "compute": round(affordable), "short": round(0.6 * affordable)}[equal]
+    return {
+        "steps": steps,
+        "compute": round(affordable),
+        "short": round(0.6 * affordable),
+        "long": round(5 * affordable),
+    }[equal]
 
 
 # All runs
@@ -364,13 +419,19 @@ def parse_study_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--equal",
         nargs="+",
-        choices=["compute", "steps", "short"],
+        choices=["compute", "steps", "short", "long"],
         default=["compute", "steps"],
-        help="Steps of an arm: those that fit into CLIP's time, as many as CLIP, or those that fit into 60 %% of "
-        "CLIP's time.",
+        help="Steps of an arm: those that fit into CLIP's time, as many as CLIP, those that fit into 60 %% of "
+        "CLIP's time, or into five times as much.",
     )
+    parser.add_argument("--evaluations", type=int, default=0, help="Evaluate so many times during a run.")
     parser.add_argument("--parallel", type=int, default=max(os.cpu_count() or 1, 1), help="Number of runs at a time.")
     parser.add_argument("--calibration_rounds", type=int, default=10)
+    parser.add_argument(
+        "--calibrate_again",
+        action="store_true",
+        help="Measure the step times of the arms once more and add them to the result file, without a run.",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: times are by the clock.")
     parser.add_argument("--seconds_per_run", type=float, help="Of CLIP, instead of the steps of the data set.")
     parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="Train in float32.")
@@ -388,7 +449,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from None
     if flags.run:
         arm, seed, steps = flags.run
-        print(json.dumps(train_arm(data, arm, int(seed), int(steps), flags.bf16, flags.device)))
+        print(json.dumps(train_arm(data, arm, int(seed), int(steps), flags.bf16, flags.device, flags.evaluations)))
         return
 
     path = flags.output_dir / f"{data.name}.json"
@@ -402,6 +463,12 @@ def main(arguments: list[str] | None = None) -> None:
         machine = describe_processor() if flags.device == "cpu" else describe_gpu()
         record = {"machine": machine, "bf16": flags.bf16, **record}
         write_record(path, record)
+    if flags.calibrate_again:
+        arms = list(dict.fromkeys(["CLIP", *flags.arms]))
+        costs = calibrate(data, arms, flags.calibration_rounds, flags.bf16, flags.device)
+        record.setdefault("repeated_step_seconds", []).append(costs["step_seconds"])
+        write_record(path, record)
+        return
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if flags.device == "cpu" else {}
     environment = {**os.environ, **one_thread, "TQDM_DISABLE": "1"}
 

@@ -25,7 +25,7 @@ SPLIT_SEED = 0
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.27
 # The fields that every result file holds. Of the optional fields, it holds those that change a run.
 RECORDED = ("batch", "learning_rate", "steps", "shift", "scale", "colour")
-RECORDED_IF_CHANGED = ("image_size", "recall_at", "model")
+RECORDED_IF_CHANGED = ("image_size", "recall_at", "config", "model")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class StudyData:
         image_size: side in pixels; images of other sizes are cropped and resized.
         recall_at: the k of recall@k.
         zero_shot: prompts with `{}` for the class name, by label column of the validation split.
-        model: changes to the configuration `tiny`, see `override_config`.
+        config: name of the configuration, see `named_config`.
+        model: changes to it, see `override_config`.
         new_validation_split: draw the validation pairs from the training split, see `draw_validation_split`.
         note: what users of the data set must know.
     """
@@ -64,6 +65,7 @@ class StudyData:
     image_size: int = 64
     recall_at: tuple[int, ...] = (1,)
     zero_shot: dict[str, str] = field(default_factory=dict)
+    config: str = "tiny"
     model: dict[str, Any] = field(default_factory=dict)
     new_validation_split: bool = False
     note: str = ""

@@ -119,7 +119,7 @@ def test_the_commands_of_the_study_are_those_that_its_program_takes(tmp_path, mo
     assert parsed.seconds_per_run == 180
     data = read_study_data(parsed.data, parsed.train_file, parsed.validation_file)
     tokenizer = study_program.train_tokenizer(["a red circle"], max_seq_length=32)
-    vision = study_program.build_arm_model("MLIP", tokenizer, data.image_size, data.model).config.vision_config
+    vision = study_program.build_arm_model("MLIP", tokenizer, data).config.vision_config
     assert (vision.hidden_size, vision.image_size, vision.patch_size, vision.merge_ratio) == (384, 96, 16, 0.5)
 
 

@@ -5,25 +5,29 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from matplotlib.axes import Axes
 from PIL import Image as PILImage
 
 from modeling_mlip.data.shapes import PROMPTS
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
 sys.path.insert(0, str(STUDY))
-from figures import metrics_table  # noqa: E402
+from figures import draw_curves, metrics_table  # noqa: E402
 from run import (  # noqa: E402
     ARMS,
     add_costs,
     calibrate,
     do_runs,
     evaluate_settings,
+    main,
     mean_recalls,
     missing_runs,
     start_record,
@@ -125,7 +129,8 @@ def test_wrong_fields_are_refused_by_name(described, change, message):
 
 def test_an_unknown_data_set_and_a_missing_source_are_refused():
     with pytest.raises(
-        ValueError, match="data='emoji' is unknown; choose one of flickr8k, flickr8k-96px, noto-emoji, shapes"
+        ValueError,
+        match="data='emoji' is unknown; choose one of flickr8k, flickr8k-96px, flickr8k-nano, noto-emoji, shapes",
     ):
         read_study_data("emoji")
     with pytest.raises(ValueError, match="names no source"):
@@ -202,8 +207,8 @@ def test_words_that_occur_once_stay_in_training():
 
 def test_equal_compute_gives_more_steps_to_an_arm_with_cheaper_steps():
     record = {"step_seconds": {"CLIP": 2.0, "MLIP": 0.8}, "data": {"steps": 100}}
-    steps = {equal: steps_of(record, "MLIP", equal) for equal in ("steps", "compute", "short")}
-    assert steps == {"steps": 100, "compute": 250, "short": 150}
+    steps = {equal: steps_of(record, "MLIP", equal) for equal in ("steps", "compute", "short", "long")}
+    assert steps == {"steps": 100, "compute": 250, "short": 150, "long": 1250}
     assert "CLIP" in ARMS and steps_of(record, "CLIP", "compute") == 100
 
 
@@ -224,6 +229,44 @@ def test_calibration_measures_the_settings_of_the_schedule(described):
     # On average, falling dropout keeps 30 % of the patches, and growing images have about half.
     assert 0.2 < gflops["FLIP, falling dropout"] / gflops["CLIP"] < 0.45
     assert 0.4 < gflops["Growing images"] / gflops["CLIP"] < 0.75
+
+
+def test_a_calibration_is_repeated_without_a_change_to_the_steps(described, tmp_path):
+    path = tmp_path / "results" / "balls.json"
+    path.parent.mkdir()
+    record = {"bf16": False, "arms": ARMS, "data": read_study_data(str(described)).record(), "runs": []}
+    record["step_seconds"] = {"CLIP": 2.0, "MLIP": 0.8}
+    path.write_text(json.dumps(record))
+    flags = ["--data", str(described), "--output_dir", str(path.parent), "--no_bf16", "--arms", "MLIP"]
+    costs = {"step_seconds": {"CLIP": 2.1, "MLIP": 0.9}, "step_gflops": {"CLIP": 9.0, "MLIP": 3.0}}
+    with mock.patch("run.calibrate", return_value=costs) as calibrated:
+        main([*flags, "--calibrate_again"])
+    assert calibrated.call_args.args[1] == ["CLIP", "MLIP"]
+    repeated = json.loads(path.read_text())
+    assert repeated.pop("repeated_step_seconds") == [costs["step_seconds"]]
+    assert repeated == record
+
+
+def test_a_run_is_evaluated_in_between_and_this_does_not_change_it(described):
+    data = replace(read_study_data(str(described)), config="nano", model={"patch_size": 8})
+    plain, curved = (train_arm(data, "MLIP", 0, 4, bf16=False, num_evaluations=each) for each in (0, 2))
+    curve = curved.pop("curve")
+    assert list(curve) == ["2", "4"]
+    assert curve["4"] == {name: curved[name] for name in curve["4"]} and "mean_recall" in curve["4"]
+    assert set(curve["2"]) == set(curve["4"])
+    assert {**curved, "cpu_seconds": 0} == {**plain, "cpu_seconds": 0}
+
+
+def test_curves_are_drawn_over_compute(described, tmp_path):
+    data = read_study_data(str(described))
+    record = {"step_seconds": {"CLIP": 2.0, "MLIP": 1.0}, "arms": ARMS, "data": data.record()}  # 5 steps of CLIP
+    curve = {"10": {"mean_recall": 3.0}, "50": {"mean_recall": 4.0}}
+    record["runs"] = [{"arm": "MLIP", "seed": 0, "steps": 50}]
+    assert draw_curves(record, data, tmp_path) is None
+    record["runs"][0]["curve"] = curve
+    with mock.patch.object(Axes, "plot", autospec=True, side_effect=Axes.plot) as plot:
+        assert draw_curves(record, data, tmp_path).is_file()
+    assert plot.call_args.args[1:3] == ([1.0, 5.0], [3.0, 4.0])
 
 
 def test_an_arm_whose_settings_have_changed_is_refused(described, tmp_path):
