@@ -7,6 +7,7 @@ and texture that are not in the training data, and writes a report. CLIP trains 
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import statistics
@@ -29,6 +30,7 @@ from modeling_mlip.evaluation.encoders import make_encoder, set_merging
 from modeling_mlip.evaluation.html_page import Section, write_page
 from modeling_mlip.evaluation.plots import plot_retrieved_images
 from modeling_mlip.evaluation.runner import prepare_tasks, run_tasks
+from modeling_mlip.hub.atomic_files import write_atomically
 from modeling_mlip.hub.formatting import format_table
 from modeling_mlip.hub.results import values_by_name
 
@@ -39,6 +41,7 @@ from .train import CURVES, build_trainer, train
 
 MERGE_RATIOS = (0.0, 0.3, 0.5, 0.7)
 PICTURE = "retrieval.png"
+RESULTS = "results.json"
 MODELS = ("mlip", "clip")
 CLIP = {"merge_ratio": 0.0, "frequency_layers": 0, "frequency_loss_weight": 0.0, "frequency_embed_weight": 0.0}
 MEASURED_STEPS = 12
@@ -263,6 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(format_table(rows))
     # Step (3): use one in a pipeline, and write the report
     classify_image(folder / models[0], held_out[0])
+    write_atomically(folder / RESULTS, json.dumps({"seed": flags.seed, "rows": rows}, indent=1) + "\n")
     print(f"Report: {write_report(folder, models, rows).resolve()}")
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The MLIP authors. Licensed under the Apache License, Version 2.0.
 """The demo trains, evaluates, reloads and reports; here on fewer drawings."""
 
+import json
 import multiprocessing
 from types import SimpleNamespace
 
@@ -42,6 +43,13 @@ def test_the_demo_leaves_both_models_and_a_report_that_opens_with_pictures(few_s
         ["CLIP", "0"],
     ]
     assert all(0 <= float(value) <= 100 for row in rows for value in row[2:])
+    written = json.loads((folder / "results.json").read_text())
+    assert written["seed"] == 0
+    shown = [
+        [row["model"], row["merge ratio"], *(f"{value:.2f}" for value in list(row.values())[2:])]
+        for row in written["rows"]
+    ]
+    assert shown[:-1] == rows and written["rows"][-1]["model"] == "chance"
 
 
 def test_the_second_model_takes_as_much_processor_time_as_the_first(few_shapes, tmp_path, monkeypatch):
