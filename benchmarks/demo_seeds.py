@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,9 @@ import torch
 
 from modeling_mlip.hub.atomic_files import write_atomically
 from modeling_mlip.hub.formatting import format_table
+
+sys.path.insert(0, str(Path(__file__).parent / "study"))
+from figures import mean_and_spread  # noqa: E402
 
 RESULT_FILE = Path(__file__).parent / "results" / "demo_seeds.json"
 DEMO = "modeling_mlip.training.demo"
@@ -75,15 +77,10 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "minutes": f"{min(minutes):.1f} to {max(minutes):.1f}",
                     "model": row["model"],
                     "merge ratio": row["merge ratio"],
-                    **{name: _mean_and_spread([run["rows"][index][name] for run in chosen]) for name in names},
+                    **{name: mean_and_spread([run["rows"][index][name] for run in chosen]) for name in names},
                 }
             )
     return table
-
-
-def _mean_and_spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -41,20 +41,20 @@ def patches_of(pixels: torch.Tensor, side: int) -> torch.Tensor:
     return pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
 
 
-def flat(features: torch.Tensor) -> torch.Tensor:
+def flatten_patches(features: torch.Tensor) -> torch.Tensor:
     """`(B, H, W, ...)` -> `(B, H * W, F)`."""
     return features.flatten(3).flatten(1, 2)
 
 
 def raw_pixels(pixels: torch.Tensor, side: int) -> torch.Tensor:
-    return flat(patches_of(pixels, side))
+    return flatten_patches(patches_of(pixels, side))
 
 
 def amplitude_and_phase(pixels: torch.Tensor, side: int) -> torch.Tensor:
     spectrum = torch.fft.rfft2(patches_of(pixels, side), norm="ortho")
     amplitude = (spectrum.abs().square() + POWER_FLOOR).sqrt()
     phases = torch.view_as_real(spectrum / amplitude)
-    return torch.cat([flat(amplitude.log()), flat(phases)], dim=-1)
+    return torch.cat([flatten_patches(amplitude.log()), flatten_patches(phases)], dim=-1)
 
 
 def dct_matrix(side: int) -> torch.Tensor:
@@ -76,7 +76,7 @@ def dct(pixels: torch.Tensor, side: int, num_kept: int | None = None) -> torch.T
     """Signed DCT coefficients in zig-zag order, compressed: sign(c) log(1 + |c| / 0.1)."""
     matrix = dct_matrix(side)
     coefficients = (matrix @ patches_of(pixels, side) @ matrix.T).flatten(4)[..., zig_zag(side)[:num_kept]]
-    return flat(coefficients.sign() * (coefficients.abs() / POWER_FLOOR**0.5).log1p())
+    return flatten_patches(coefficients.sign() * (coefficients.abs() / POWER_FLOOR**0.5).log1p())
 
 
 def first_dct(pixels: torch.Tensor, side: int) -> torch.Tensor:
