@@ -59,7 +59,8 @@ RESULTS = Path(__file__).parent / "results" / "speed.json"
 CLIP, OPEN_CLIP, TIMM = "CLIP (transformers)", "CLIP (open_clip)", "ViT (timm)"
 MLIP, PLAIN, ELIP, TOME = "MLIP", "MLIP, no frequency stage", "ELIP", "ToMe (timm)"
 AUTHORS_ELIP = "ELIP (its authors')"
-METHODS = (CLIP, OPEN_CLIP, TIMM, PLAIN, MLIP, ELIP, TOME, AUTHORS_ELIP)
+DEFAULT = "MLIP, default importance"  # `merge_importance_weight` as the configuration has it
+METHODS = (CLIP, OPEN_CLIP, TIMM, PLAIN, MLIP, DEFAULT, ELIP, TOME, AUTHORS_ELIP)
 PLACEMENTS = ("three", "early", "every")
 CAPTION_LENGTHS = (10, 20)  # real tokens, BOS and EOS included
 # ELIP is CLIP with fewer tokens: no frequency stage and CLIP's loss.
@@ -240,7 +241,7 @@ class Bench:
         """The contestant's model; those of one method share their weights."""
         if contestant.method == AUTHORS_ELIP:
             return self.authors_elip(contestant)
-        base = {CLIP: "clip", OPEN_CLIP: "open_clip", TIMM: "timm", TOME: "timm", MLIP: "mlip"}
+        base = {CLIP: "clip", OPEN_CLIP: "open_clip", TIMM: "timm", TOME: "timm", MLIP: "mlip", DEFAULT: "mlip"}
         model = getattr(self, base.get(contestant.method, "like_clip"))
         if contestant.merge_ratio == 0:
             return model
@@ -255,6 +256,8 @@ class Bench:
         vision = next(module for module in model.modules() if isinstance(module, MLIPVisionModel)).config
         vision.merge_ratio, vision.merge_layers = contestant.merge_ratio, self._layers(contestant.placement)
         vision.merge_method = "elip" if contestant.method == ELIP else "mlip"
+        if contestant.method == DEFAULT:
+            vision.merge_importance_weight = named_config(self.flags.config_name).vision_config.merge_importance_weight
         vision.validate()
         return model
 
@@ -308,10 +311,10 @@ def contestants(flags: argparse.Namespace) -> list[Contestant]:
             continue
         methods.append(method)
     merging = [Contestant(m, r, p) for p in flags.placements for r in flags.merge_ratios if r > 0
-               for m in (MLIP, ELIP, TOME) if m in methods]  # fmt: skip
+               for m in (MLIP, DEFAULT, ELIP, TOME) if m in methods]  # fmt: skip
     if AUTHORS_ELIP in methods and "three" in flags.placements and not flags.training:
         merging += [Contestant(AUTHORS_ELIP, ratio, "three") for ratio in flags.merge_ratios if ratio > 0]
-    return [Contestant(method) for method in methods if method not in (ELIP, TOME, AUTHORS_ELIP)] + merging
+    return [Contestant(method) for method in methods if method not in (DEFAULT, ELIP, TOME, AUTHORS_ELIP)] + merging
 
 
 def importable(name: str) -> bool:
@@ -395,7 +398,7 @@ def measure_speed(flags: argparse.Namespace) -> list[dict[str, Any]]:
         row["speed_up"] = quotient(taken[reference], taken[one])
         row["flop_ratio"] = flops[reference] / flops[one]
         tome = Contestant(TOME, one.merge_ratio, one.placement)
-        if one.method == MLIP and tome in taken:
+        if one.method in (MLIP, DEFAULT) and tome in taken:
             row["over_tome"] = quotient(taken[tome], taken[one])
         if one.method == MLIP and Contestant(PLAIN) in taken and one.merge_ratio == 0:
             row["over_no_frequency_stage"] = quotient(taken[Contestant(PLAIN)], taken[one])
@@ -592,7 +595,7 @@ def draw_speed(entries: list[dict[str, Any]], target: Path) -> None:
     lines = -(-len(entries) // columns)
     figure = Figure(figsize=(4.6 * columns, 4.4 * lines + 0.6), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    colours = {MLIP: "tab:blue", ELIP: "tab:orange", TOME: "tab:green", AUTHORS_ELIP: "tab:red"}
+    colours = {MLIP: "tab:blue", DEFAULT: "tab:cyan", ELIP: "tab:orange", TOME: "tab:green", AUTHORS_ELIP: "tab:red"}
     markers = {"three": "o", "early": "^", "every": "s", "": "x"}
     for axis in axes[len(entries) :]:
         axis.set_axis_off()

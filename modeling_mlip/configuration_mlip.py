@@ -87,7 +87,8 @@ class MLIPTextConfig(NamesAutoClasses, CLIPTextConfig):
             token that follows a `pad_token_id` (CoCa).
             With `encoder_config`: `"mean"` takes the mean over the tokens without padding, `"class"` the state at the
             first position.
-        use_causal_mask: `False` lets every token attend to every other one, including padding (CLIPA, SigLIP).
+        use_causal_mask: `False` lets every token attend to every other one, after padding the ids to
+            `max_position_embeddings`, so that padding counts (CLIPA, SigLIP, MobileCLIP2-L).
         use_text_projection: `False` takes the pooled state as the embedding, so `hidden_size` must be `projection_dim`.
         text_projection_bias: adds a bias to the projection (SigLIP).
         text_projection_hidden_size: width of a hidden layer with GELU in the projection, without biases (OpenCLIP's

@@ -328,6 +328,11 @@ class MLIPTextLayer(CLIPEncoderLayer):
         return hidden_states + scale_branch(branch, self.layer_scale2)
 
 
+def uses_importance(config: MLIPVisionConfig) -> bool:
+    """Whether the importance of tokens decides which ones `merge_method="mlip"` merges."""
+    return config.merge_method == "mlip" and config.merge_importance_weight > 0
+
+
 def takes_bias(config: MLIPVisionConfig) -> bool:
     """Whether the attention implementation of the tower adds a bias to its logits."""
     return not any(name in config._attn_implementation for name in ("flash", "flex"))
@@ -376,7 +381,7 @@ class MLIPVisionAttention(CLIPAttention):
         guide_states: torch.Tensor | None = None,
         rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor | None] | None]:
         """Attends, and computes what token merging is guided by if `guide_states` are given.
 
         Args:
@@ -389,8 +394,9 @@ class MLIPVisionAttention(CLIPAttention):
         Returns:
             The output `(B, S, D)`, the attention weights `(B, h, S, S)` or `None` if the backend does not return them,
             and the guide or `None`. The guide holds the keys before rotation `(B, M, d)`, averaged over heads, and the
-            attention that each patch token receives from `guide_states` `(B, M)`, averaged over heads and queries. It
-            is computed in float32 outside the attention backend, so that every backend merges the same tokens.
+            attention that each patch token receives from `guide_states` `(B, M)`, averaged over heads and queries, or
+            `None` if the merging does not use it. It is computed in float32 outside the attention backend, so that
+            every backend merges the same tokens.
         """
         B, S, _ = hidden_states.shape
         heads = (B, S, self.num_heads, self.head_dim)
@@ -424,19 +430,21 @@ class MLIPVisionAttention(CLIPAttention):
         keys: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        num_prefix = self.config.num_prefix_tokens
+        _, patch_keys = split_prefix(content_keys.float().mean(dim=1), num_prefix)
+        if self.config.merge_method != "elip" and not uses_importance(self.config):
+            return patch_keys, None
         queries = self.q_proj(guide_states.detach()).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         if rotation is not None:
             cos, sin = rotation
             queries = rotate(queries, (cos[:, :, : queries.shape[2]], sin[:, :, : queries.shape[2]]))
-        num_prefix = self.config.num_prefix_tokens
         with maybe_autocast(keys.device.type, enabled=False):
             queries, keys = queries.float(), keys.float()  # (B, h, Q, d), (B, h, S, d)
             scores = queries @ keys.transpose(2, 3) * self.scale  # (B, h, Q, S)
             if attention_mask is not None:
                 scores = scores + attention_mask[:, :, :1].float()
             attention = scores.softmax(dim=-1).mean(dim=1)  # (B, Q, S)
-            _, patch_keys = split_prefix(content_keys.float().mean(dim=1), num_prefix)
             _, patch_attention = split_prefix(attention.mean(dim=1), num_prefix)
             return patch_keys, patch_attention
 
@@ -499,7 +507,7 @@ class MLIPVisionLayer(CLIPEncoderLayer):
             hidden_states: `(B, K + N, D)`.
             attention_mask: `(B, 1, 1, K + N)`, see `log_size_bias`; `None` before the first merge.
             frequency_states: `(B, N, F)`, or `None` without a frequency stage.
-            frequency_importance: `(B, N)`, or `None` without a frequency stage.
+            frequency_importance: `(B, N)`, or `None` without a frequency stage or without weight in the merging.
             sizes: `(B, N)` float32, the number of patches that each token replaces.
             num_removed: number of patch tokens to remove.
             caption_states: `(B, D)`, mixed into the guide by `merge_method="elip"`.
@@ -527,12 +535,13 @@ class MLIPVisionLayer(CLIPEncoderLayer):
                 assignment, weights = self._match(
                     patches, guide, frequency_states, frequency_importance, sizes, num_removed
                 )
-                matrix = merge_matrix(assignment, weights, num_new)
+                matrix, totals = merge_matrix(assignment, weights, num_new)
                 hidden_states = torch.cat([prefix, merge_tokens(patches, matrix)], dim=1)
                 if frequency_states is not None:
                     frequency_states = merge_tokens(frequency_states, matrix)
+                if frequency_importance is not None:
                     frequency_importance = merge_tokens(frequency_importance[..., None], matrix)[..., 0]
-                sizes = merge_sizes(sizes, assignment, num_new)
+                sizes = totals if weights is sizes else merge_sizes(sizes, assignment, num_new)
         if is_post_norm:
             branch = self.layer_norm2(self.mlp(hidden_states))
         else:
@@ -557,7 +566,7 @@ class MLIPVisionLayer(CLIPEncoderLayer):
     def _match(
         self,
         patches: torch.Tensor,
-        guide: tuple[torch.Tensor, torch.Tensor],
+        guide: tuple[torch.Tensor, torch.Tensor | None],
         frequency_states: torch.Tensor | None,
         frequency_importance: torch.Tensor | None,
         sizes: torch.Tensor,
@@ -573,13 +582,15 @@ class MLIPVisionLayer(CLIPEncoderLayer):
             return fuse_least_important(patch_attention, num_removed), weights
         if self.config.merge_method == "tome":
             return match_tokens(joint_similarity_features(keys), None, num_removed), sizes
-        if frequency_states is None:
-            features, importance = joint_similarity_features(keys), z_score(patch_attention)
-        else:
-            features = joint_similarity_features(keys, frequency_states.float())
-            importance = (z_score(patch_attention) + z_score(frequency_importance)) / 2
-        importance = self.config.merge_importance_weight * importance
-        return match_tokens(features, importance, num_removed, MAX_SHARE_PER_ROUND), sizes
+        domains, importance = [keys], None
+        if frequency_states is not None:
+            domains.append(frequency_states.float())
+        if patch_attention is not None:
+            importance = z_score(patch_attention)
+            if frequency_importance is not None:
+                importance = (importance + z_score(frequency_importance)) / 2
+            importance = self.config.merge_importance_weight * importance
+        return match_tokens(joint_similarity_features(*domains), importance, num_removed, MAX_SHARE_PER_ROUND), sizes
 
 
 # Encoders
@@ -683,7 +694,8 @@ class MLIPVisionEncoder(nn.Module):
         positions, sizes = positions.to(assignment.device), sizes.to(assignment.device)
         if self.config.rotary_merged_position == "mean":
             with maybe_autocast(assignment.device.type, enabled=False):
-                return merge_tokens(positions, merge_matrix(assignment, sizes, num_new))
+                matrix, _ = merge_matrix(assignment, sizes, num_new)
+                return merge_tokens(positions, matrix)
         earlier = torch.arange(sizes.shape[1], device=sizes.device) / sizes.shape[1]  # below 1: it only breaks ties
         members = assignment_matrix(assignment, num_new, sizes.dtype) * (sizes + 1 - earlier)[:, None]  # (B, M, N)
         return select_tokens(positions, members.argmax(dim=-1))
@@ -1029,18 +1041,18 @@ class MLIPTextModel(MLIPPreTrainedModel):
 
         Args:
             input_ids: `(T, L)`.
-            attention_mask: `(T, L)`, 1 at tokens and 0 at padding; not used with `use_causal_mask=False`, except with
-                `encoder_config`, where `None` means 0 at `pad_token_id`. With a class token after the caption, the
-                mask is that of CoCa, by `pad_token_id`.
+            attention_mask: `(T, L)`, 1 at tokens and 0 at padding; not used with `use_causal_mask=False` or
+                `pooling="last"`, except with `encoder_config`, where `None` means 0 at `pad_token_id`. With a class
+                token after the caption, the mask is that of CoCa, by `pad_token_id`.
             position_ids: `(T, L)`; 0 to L - 1 if `None`.
 
         Returns:
-            `last_hidden_state` `(T, L, D)` and `pooler_output` `(T, D)`. With `pooling="last"`, L is
-            `max_position_embeddings`; with a class token after the caption, L is one more.
+            `last_hidden_state` `(T, L, D)` and `pooler_output` `(T, D)`. With `pooling="last"` or
+            `use_causal_mask=False`, L is `max_position_embeddings`; with a class token after the caption, L is one more.
 
         Raises:
-            ValueError: without `input_ids`; with `pooling="last"` or a class token, if they are too long or
-                `position_ids` are given; with `encoder_config`, if `position_ids` are given.
+            ValueError: without `input_ids`; if they are too long or `position_ids` are given, where L is fixed as
+                above; with `encoder_config`, if `position_ids` are given.
         """
         if input_ids is None:
             raise ValueError("input_ids are missing; pass the token ids of the captions.")
@@ -1084,8 +1096,8 @@ class MLIPTextModel(MLIPPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """As `forward`, with CLIP's text transformer."""
-        num_padded = 0
-        if self.config.pooling != "eos":  # these towers were trained on captions padded to the full length
+        pooling, is_causal = self.config.pooling, self.config.use_causal_mask
+        if pooling != "eos" or not is_causal:  # these towers were trained on captions padded to the full length
             num_padded = self.config.max_position_embeddings - input_ids.shape[1]
             if num_padded < 0:
                 raise ValueError(
@@ -1095,22 +1107,23 @@ class MLIPTextModel(MLIPPreTrainedModel):
                 )
             if position_ids is not None:
                 raise ValueError(
-                    f"position_ids are not supported with pooling={self.config.pooling!r}; leave them out."
+                    f"position_ids are not supported with pooling={pooling!r} and use_causal_mask={is_causal}; leave "
+                    "them out."
                 )
             input_ids = nn.functional.pad(input_ids, (0, num_padded), value=self.config.pad_token_id)
         hidden_states = self.embeddings(input_ids=input_ids, position_ids=position_ids)
         kwargs.pop("is_causal", None)
-        if self.config.use_causal_mask:
-            if self.config.pooling == "class":
+        if is_causal:
+            if pooling == "class":
                 attention_mask = self._class_token_mask(input_ids)
-            elif attention_mask is not None and num_padded > 0:
-                attention_mask = nn.functional.pad(attention_mask, (0, num_padded))
+            elif pooling == "last":  # as in OpenCLIP, the position that is pooled attends to the padding
+                attention_mask = None
             # By position: transformers 5.24 renamed the last argument, `past_key_values`, to `cache`.
             mask = create_causal_mask(self.config, hidden_states, attention_mask, None)
         else:
             mask = None
         encoder_outputs: BaseModelOutput = self.encoder(
-            inputs_embeds=hidden_states, attention_mask=mask, is_causal=self.config.use_causal_mask, **kwargs
+            inputs_embeds=hidden_states, attention_mask=mask, is_causal=is_causal, **kwargs
         )
         last_hidden_state = self.final_layer_norm(encoder_outputs.last_hidden_state)
         return BaseModelOutputWithPooling(
@@ -1207,7 +1220,8 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             injection = injection.to(hidden_states.device)
             prefix, patches = split_prefix(hidden_states, self.config.num_prefix_tokens)
             hidden_states = torch.cat([prefix, patches + injection], dim=1)
-            frequency_importance = self._frequency_importance(frequency_states, pooled_frequency)
+            if self.config.merge_ratio > 0 and uses_importance(self.config):
+                frequency_importance = self._frequency_importance(frequency_states, pooled_frequency)
         positions = self._positions(grid, hidden_states)
         kept = self._kept_patches(hidden_states)
         if kept is not None:
@@ -1215,6 +1229,7 @@ class MLIPVisionModel(MLIPPreTrainedModel):
             hidden_states = torch.cat([prefix, select_tokens(patches, kept)], dim=1)
             if frequency_states is not None:
                 frequency_states = select_tokens(frequency_states, kept)
+            if frequency_importance is not None:
                 frequency_importance = frequency_importance.gather(1, kept)
             positions = select_tokens(positions, kept) if positions is not None else None
         # Step (3): the encoder, with token merging
@@ -1554,7 +1569,11 @@ class MLIPModel(MLIPPreTrainedModel):
                 )
         # Step (1): both towers; in training, caption i guides the merging of image i if merge_method is "elip"
         text_outputs: BaseModelOutputWithPooling = self.get_text_features(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            return_dict=True,  # also with `config.return_dict=False`; this output becomes a tuple at the end
+            **kwargs,
         )
         text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
         if pixel_values is None and not (return_loss or return_pairs):
@@ -1682,7 +1701,7 @@ class MLIPTextModelWithProjection(MLIPPreTrainedModel):
     ) -> CLIPTextModelOutput:
         """`input_ids` `(T, L)` -> `text_embeds` `(T, P)`, not normalised."""
         text_outputs: BaseModelOutputWithPooling = self.text_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
         )
         return CLIPTextModelOutput(
             text_embeds=self.text_projection(text_outputs.pooler_output),
@@ -1725,6 +1744,7 @@ class MLIPVisionModelWithProjection(MLIPPreTrainedModel):
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             output_token_map=output_token_map,
+            return_dict=True,
             **kwargs,
         )
         return MLIPVisionModelOutput(
@@ -1770,7 +1790,7 @@ class MLIPForImageClassification(MLIPPreTrainedModel):
     ) -> ImageClassifierOutput:
         """`pixel_values` `(B, 3, height, width)` -> `logits` `(B, num_labels)`, and the loss if `labels` `(B,)` are
         given."""
-        outputs: MLIPVisionOutput = self.vision_model(pixel_values, **kwargs)
+        outputs: MLIPVisionOutput = self.vision_model(pixel_values, return_dict=True, **kwargs)
         _, patches = split_prefix(outputs.last_hidden_state, self.config.vision_config.num_prefix_tokens)
         if self.vision_model.head is not None:
             patches = self.vision_model.token_layernorm(patches)

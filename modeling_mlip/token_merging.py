@@ -84,7 +84,7 @@ def match_tokens(
     if num_removed_now == num_removed:
         return assignment
     num_left = features.shape[1] - num_removed_now
-    matrix = merge_matrix(assignment, torch.ones_like(features[..., 0]), num_left)
+    matrix, _ = merge_matrix(assignment, features.new_ones(features.shape[:2]), num_left)
     features = merge_tokens(features, matrix)
     if importance is not None:
         importance = merge_tokens(importance[..., None], matrix)[..., 0]
@@ -121,8 +121,8 @@ def match_tokens_by_cost(
     if num_removed_now == num_removed:
         return assignment
     num_left = N - num_removed_now
-    features = merge_tokens(features, merge_matrix(assignment, sizes, num_left))
-    sizes = merge_sizes(sizes, assignment, num_left)
+    matrix, sizes = merge_matrix(assignment, sizes, num_left)
+    features = merge_tokens(features, matrix)
     rest = match_tokens_by_cost(features, sizes, num_removed - num_removed_now, max(num_rounds - 1, 1))
     return compose(assignment, rest)
 
@@ -174,8 +174,8 @@ def assignment_matrix(assignment: torch.Tensor, num_new: int, dtype: torch.dtype
     return (assignment[:, None, :] == new_tokens).to(dtype)
 
 
-def merge_matrix(assignment: torch.Tensor, weights: torch.Tensor, num_new: int) -> torch.Tensor:
-    """The weight of each old token in each new token.
+def merge_matrix(assignment: torch.Tensor, weights: torch.Tensor, num_new: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The share of each old token in each new token, and the weight of each new token.
 
     Multiplying by this small matrix is deterministic on every device (index addition is not, on a GPU), can be
     exported, and leaves an unmerged token unchanged to the bit, also in half precision.
@@ -186,11 +186,13 @@ def merge_matrix(assignment: torch.Tensor, weights: torch.Tensor, num_new: int) 
         num_new: M.
 
     Returns:
-        `(B, M, N)` in at least float32; rows sum to 1.
+        The matrix of shares `(B, M, N)`, whose rows sum to 1, and the sums of weights `(B, M)`: the sizes after the
+        merge, if the weights are sizes. Both in at least float32.
     """
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    matrix = assignment_matrix(assignment, num_new, weights.dtype) * weights[:, None, :]
-    return matrix / matrix.sum(dim=-1, keepdim=True)
+    matrix = torch.where(assignment_matrix(assignment, num_new, torch.bool), weights[:, None], 0)
+    totals = matrix.sum(dim=-1)
+    return matrix / totals[..., None], totals
 
 
 def merge_tokens(tokens: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

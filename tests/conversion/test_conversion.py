@@ -35,6 +35,24 @@ def test_converted_model_equals_open_clip(tmp_path, variant):
     torch.testing.assert_close(output.logits_per_image, theirs.get_logits(images, ids)[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("variant", "no_causal_mask"), [("worldwide", True), ("clipa", False)])
+@torch.no_grad()
+def test_a_text_tower_that_reads_padding_gives_the_embeddings_of_open_clip_for_any_padding(
+    tmp_path, monkeypatch, variant, no_causal_mask
+):
+    vision, text, model = VARIANTS[variant]
+    monkeypatch.setitem(VARIANTS, variant, (vision, {**text, "no_causal_mask": no_causal_mask}, model))
+    ours, processor = convert_checkpoint(open_clip_folder(tmp_path / variant, variant))
+    texts = ["a red cat", "a photo of two dogs"]
+    ids = processor.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    expected = open_clip_model(variant).encode_text(ids)
+    for batch in (texts, texts[:1]):
+        inputs = processor(text=batch, padding=True, return_tensors="pt")
+        assert "attention_mask" in inputs and inputs.input_ids.shape[1] < ids.shape[1]
+        features = ours.get_text_features(**inputs).pooler_output
+        torch.testing.assert_close(features, expected[: len(batch)], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_open_clip_comes_back_to_the_bit(tmp_path, variant):
     source = open_clip_folder(tmp_path / variant, variant)

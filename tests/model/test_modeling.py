@@ -12,6 +12,7 @@ from modeling_mlip import (
     MLIPForImageClassification,
     MLIPModel,
     MLIPTextModel,
+    MLIPTextModelWithProjection,
     MLIPVisionModel,
     MLIPVisionModelWithProjection,
 )
@@ -45,6 +46,28 @@ def test_the_first_two_tuple_outputs_of_the_vision_tower_are_those_of_clip(batch
     first, second = model(batch["pixel_values"], return_dict=False)[:2]
     assert torch.equal(first, outputs.last_hidden_state)
     assert torch.equal(second, outputs.pooler_output)
+
+
+def test_return_dict_false_in_the_configuration_gives_tuples_of_the_same_values(batch):
+    model = open_gate(small_model(vision={"merge_ratio": 0.5}))
+    pixels, ids = batch["pixel_values"], batch["input_ids"]
+    text = MLIPTextModelWithProjection(model.config.text_config).eval()
+    vision = MLIPVisionModelWithProjection(model.config.vision_config).eval()
+    classifier = MLIPForImageClassification(small_config(num_labels=3)).eval()
+    cases = [
+        (model, {**batch, "return_loss": True}),
+        (text, {"input_ids": ids}),
+        (vision, {"pixel_values": pixels}),
+        (classifier, {"pixel_values": pixels, "labels": torch.tensor([0, 1, 2, 0, 1])}),
+    ]
+    expected = [module(**inputs) for module, inputs in cases]
+    for (module, inputs), outputs in zip(cases, expected, strict=True):
+        for part in module.modules():
+            if hasattr(part, "config"):
+                part.config.return_dict = False
+        values = module(**inputs)
+        assert isinstance(values, tuple) and len(values) == len(outputs)
+        assert torch.equal(values[0], outputs[0])
 
 
 def test_a_frequency_gate_of_zero_leaves_the_outputs_bit_equal(batch):
@@ -196,6 +219,32 @@ def test_a_large_importance_weight_merges_the_tokens_with_the_least_class_attent
         gone = proposers[attention[index, proposers].argsort()[:16]]  # the 16 of 32 with the least attention
         survivors = torch.tensor([patch for patch in range(64) if patch not in gone])
         assert outputs.token_map[index, survivors].tolist() == list(range(48))
+
+
+@pytest.mark.parametrize("use_class_token", [True, False])
+@pytest.mark.parametrize("frequency_layers", [0, 1])
+def test_without_importance_the_tokens_merge_as_at_a_weight_that_rounding_removes(
+    batch, use_class_token, frequency_layers
+):
+    """At weight 0 the tower leaves the importance out. At 1e-30 it computes it, and no float32 similarity changes."""
+    vision = {"merge_ratio": 0.6, "use_class_token": use_class_token, "frequency_layers": frequency_layers}
+    vision |= {"pooling": "class" if use_class_token else "mean"}
+    losses = {} if frequency_layers else {"frequency_loss_weight": 0.0, "token_loss_frequency": False}
+    without, negligible = (
+        small_model(vision={**vision, "merge_importance_weight": weight}, **losses) for weight in (0, 1e-30)
+    )
+    attended = []
+    for model in (without, negligible):
+        match = model.vision_model.encoder.layers[1]._match
+        model.vision_model.encoder.layers[1]._match = lambda patches, guide, *rest, match=match: (
+            attended.append(guide[1] is not None) or match(patches, guide, *rest)
+        )
+    ours, theirs = (
+        model.get_image_features(batch["pixel_values"], output_token_map=True) for model in (without, negligible)
+    )
+    assert attended == [False, True]
+    assert torch.equal(ours.token_map, theirs.token_map)
+    assert torch.equal(ours.pooler_output, theirs.pooler_output)
 
 
 def test_elip_equals_keeping_the_most_attended_tokens_of_clip_and_fusing_the_others(batch):

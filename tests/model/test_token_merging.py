@@ -22,7 +22,7 @@ from modeling_mlip.token_merging import (
 
 
 def merge(tokens: torch.Tensor, weights: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
-    return merge_tokens(tokens, merge_matrix(assignment, weights, num_new))
+    return merge_tokens(tokens, merge_matrix(assignment, weights, num_new)[0])
 
 
 def merge_by_loop(tokens: torch.Tensor, sizes: torch.Tensor, assignment: torch.Tensor, num_new: int) -> torch.Tensor:
@@ -147,10 +147,44 @@ def test_merging_is_the_size_weighted_mean_and_conserves_size():
     tokens, sizes = torch.randn(3, 12, 5, dtype=torch.float64), torch.randint(1, 9, (3, 12)).double()
     assignment = match_tokens(joint_similarity_features(tokens), None, 7)
     merged, new_sizes = merge(tokens, sizes, assignment, 5), merge_sizes(sizes, assignment, 5)
+    assert torch.equal(merge_matrix(assignment, sizes, 5)[1], new_sizes)
     torch.testing.assert_close(merged, merge_by_loop(tokens, sizes, assignment, 5), rtol=0, atol=1e-12)
     torch.testing.assert_close(new_sizes.sum(dim=1), sizes.sum(dim=1))
     total = (merged * new_sizes[..., None]).sum(dim=1)
     torch.testing.assert_close(total, (tokens * sizes[..., None]).sum(dim=1), rtol=0, atol=1e-12)
+
+
+def match_by_loop(features: torch.Tensor, num_removed: int) -> list[int]:
+    """`match_tokens` of one image `(N, C)` without importance, at most a quarter of the tokens per round, by loops."""
+    tokens = features.double().tolist()
+    members = [[patch] for patch in range(len(tokens))]
+    while num_removed > 0:
+        pairs = []
+        for source in range(1, len(tokens), 2):
+            products = [
+                sum(a * b for a, b in zip(tokens[source], tokens[target], strict=True))
+                for target in range(0, len(tokens), 2)
+            ]
+            best = max(range(len(products)), key=products.__getitem__)
+            pairs.append((-products[best], source, 2 * best))
+        pairs = sorted(pairs)[: min(num_removed, max(len(tokens) // 4, 1))]
+        num_removed -= len(pairs)
+        groups = {token: [token] for token in range(len(tokens))}
+        for _, source, target in pairs:
+            groups[target] += groups.pop(source)
+        tokens = [
+            [sum(tokens[t][c] for t in group) / len(group) for c in range(len(tokens[0]))] for group in groups.values()
+        ]
+        members = [[patch for token in group for patch in members[token]] for group in groups.values()]
+    return [token for _, token in sorted((patch, new) for new, group in enumerate(members) for patch in group)]
+
+
+@pytest.mark.parametrize("num_tokens, num_removed", [(16, 4), (17, 11), (30, 15)])
+def test_matching_in_rounds_equals_loops_over_tokens_in_float64(num_tokens, num_removed):
+    torch.manual_seed(0)
+    features = joint_similarity_features(torch.randn(2, num_tokens, 6))
+    assignment = match_tokens(features, None, num_removed, 0.25)
+    assert assignment.tolist() == [match_by_loop(image, num_removed) for image in features]
 
 
 def test_gradients_of_a_merge_equal_finite_differences():
