@@ -8,7 +8,8 @@
 It writes image_encoder.onnx (pixel_values -> image_embeds), text_encoder.onnx (input_ids, attention_mask ->
 text_embeds) and the files of the processor. Both take any batch size. The merge ratio is part of the image encoder.
 Captions are padded to the context length of the model. `--dtype int8` stores the weights of the linear layers in int8
-and quantises their inputs while it computes (onnxruntime's dynamic quantisation).
+and quantises their inputs while it computes (onnxruntime's dynamic quantisation). Its embeddings are compared with
+those of float32: nothing is written if a cosine similarity is below 0.9, and a note is printed if it is below 0.99.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from modeling_mlip.hub.loading import load_pretrained, load_processor
 IMAGE_FILE, TEXT_FILE = "image_encoder.onnx", "text_encoder.onnx"
 # Largest difference to the model, as a fraction of the length of an embedding.
 TOLERANCE = 1e-4
+# Smallest cosine similarity of int8 embeddings to float32 ones that is accepted, and that is accepted without a note.
+MIN_COSINE, MIN_COSINE_WITHOUT_NOTE = 0.9, 0.99
 DTYPES = ("float32", "int8")
 BATCH_SIZES = (2, 3)  # of the example for the export, and of the example for the comparison
 
@@ -167,6 +170,15 @@ def smallest_cosine(path: Path, reference: Path, inputs: dict[str, Tensor]) -> f
     return float(torch.cosine_similarity(ours, theirs).min())
 
 
+def check_int8(name: str, cosine: float) -> None:
+    """Raises ValueError if the embeddings of an int8 file differ grossly from those of the float32 file."""
+    if not cosine >= MIN_COSINE:  # also if it is NaN
+        raise ValueError(
+            f"{name} in int8 has a cosine similarity of {cosine:.4f} to float32, and at least {MIN_COSINE} is needed: "
+            "export with dtype='float32'; nothing was written."
+        )
+
+
 def export_onnx(
     name_or_path: str,
     output_dir: str | Path,
@@ -184,13 +196,13 @@ def export_onnx(
 
     Returns:
         For each file, with float32 the difference to the model as `export_encoder` returns it, with int8 the smallest
-        cosine similarity to the embeddings of the float32 file, on random inputs.
+        cosine similarity to the embeddings of the float32 file, on random inputs, which is at least `MIN_COSINE`.
 
     Raises:
         ImportError: if onnxscript or onnxruntime is not installed.
         OSError: if the model cannot be read, or `output_dir` exists or cannot be written.
-        ValueError: for a merge ratio or dtype that is not allowed, or a float32 file that computes something else than
-            the model.
+        ValueError: for a merge ratio or dtype that is not allowed, a float32 file that computes something else than the
+            model, or an int8 file that differs too much from it.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
@@ -211,6 +223,7 @@ def export_onnx(
             if dtype == "int8":
                 quantize_encoder(target / name, folder / name)
                 deviations[name] = smallest_cosine(folder / name, target / name, examples[-1])
+                check_int8(name, deviations[name])
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
     return deviations
@@ -234,6 +247,8 @@ def main(arguments: list[str] | None = None) -> None:
         if flags.dtype == "int8":
             size = path.stat().st_size / 2**20
             print(f"{path}: {size:.1f} MiB, smallest cosine similarity to float32 {deviation:.4f} on random inputs")
+            if deviation < MIN_COSINE_WITHOUT_NOTE:
+                print(f"Note: below {MIN_COSINE_WITHOUT_NOTE}. Compare recall with the float32 files before use.")
         else:
             print(f"{path}: largest difference to the model {deviation:.1e}")
 

@@ -51,6 +51,26 @@ def read_image(data: bytes | None, path: str | None) -> Image.Image:
     return convert_to_rgb(image)
 
 
+def read_image_file(path: str) -> Image.Image:
+    """Read an image that a user named, as `load_image` does.
+
+    Args:
+        path: a path or URL.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, if it does not exist or is not an image that can be read.
+    """
+    try:
+        return read_image(None, path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"image={path}: no such file; give an image.") from error
+    except Exception as error:  # decoders raise exceptions of many types
+        raise ValueError(
+            f"image={path}: not an image that can be read ({type(error).__name__}); give a complete PNG, JPEG, "
+            "WebP or another format that Pillow reads, or leave it out."
+        ) from error
+
+
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """Turn an image upright, place it on white, and convert it to RGB with 8 bits per channel."""
     file_format = image.format  # the turned image has none

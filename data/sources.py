@@ -105,19 +105,31 @@ def load_splits(
         splits = {name: _load_pattern(options, f"{name}_file", files) for name, files in patterns.items() if files}
 
     chosen = _choose_splits(parameter, splits)
-    limits = {"train": max_train_samples, "validation": max_eval_samples}
+    limits = {
+        "train": ("max_train_samples", max_train_samples),
+        "validation": ("max_eval_samples", max_eval_samples),
+    }
     for name, dataset in chosen.items():
-        chosen[name] = dataset = first_rows(dataset, limits[name])
+        chosen[name] = dataset = first_rows(dataset, *limits[name])
         if is_empty(dataset):
             raise ValueError(f"{parameter}={value}: the {name} split holds no pairs.")
         find_image_column(dataset, image_column)
     return IterableDatasetDict(chosen) if streaming else DatasetDict(chosen)
 
 
-def first_rows(dataset: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:
-    """Return the first `limit` rows of a data set; all of them if `limit` is None."""
+def first_rows(dataset: Dataset | IterableDataset, limit_name: str, limit: int | None) -> Dataset | IterableDataset:
+    """Return the first `limit` rows of a data set; all of them if `limit` is None.
+
+    Args:
+        limit_name: the name of the parameter, for the message.
+
+    Raises:
+        ValueError: if `limit` is below 1.
+    """
     if limit is None:
         return dataset
+    if limit < 1:
+        raise ValueError(f"{limit_name}={limit}: choose 1 or more, or leave it out.")
     return dataset.select(range(min(limit, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(limit)
 
 

@@ -35,7 +35,7 @@ from transformers.utils import logging
 from modeling_mlip import MLIPModel
 from modeling_mlip.configuration_mlip import MERGE_METHODS
 from modeling_mlip.data.data_arguments import DataArguments
-from modeling_mlip.hub.atomic_files import write_atomically
+from modeling_mlip.hub.atomic_files import check_folder_is_writable, write_atomically
 from modeling_mlip.hub.flag_help import FlagHelpFormatter, group_dataclasses
 from modeling_mlip.hub.formatting import format_table
 from modeling_mlip.hub.results import Result
@@ -401,7 +401,7 @@ def check_benchmark_flags(
     zero_shot: ZeroShotOptions,
     args: BenchmarkArguments,
 ) -> None:
-    """Raises ValueError for what can be refused before a model is loaded."""
+    """Raises ValueError and OSError for what can be refused before a model is loaded."""
     if encoder_args.model_name_or_path is None:
         raise ValueError("Give the model to measure as --model_name_or_path, a folder or a Hub id.")
     if args.output_dir is None:
@@ -417,9 +417,7 @@ def check_benchmark_flags(
     folder = Path(args.output_dir)
     if (folder / RESULTS_FILE).exists():
         raise ValueError(f"--output_dir {folder} holds a {RESULTS_FILE} already; choose another folder.")
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--output_dir {folder} cannot be created in {existing}; choose another folder.")
+    check_folder_is_writable(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -158,7 +158,9 @@ def prepare_split(
     whole = splits[name or ""]
     train = splits["train"] if name != "train" and "train" in splits else None
     is_train_split = isinstance(dataset, Mapping) and name == "train"
-    rows = first_rows(whole, max_train_samples if is_train_split else max_eval_samples)
+    limits = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
+    limit_name = "max_train_samples" if is_train_split else "max_eval_samples"
+    rows = first_rows(whole, limit_name, limits[limit_name])
     length = _check_length(encoder, max_seq_length)
     image_column = find_image_column(whole, image_column)
     classes = _find_classes(list(splits.values()), whole, with_captions, with_labels, label_columns, class_names)
@@ -176,7 +178,7 @@ def prepare_split(
         dataloader=loading.dataloader(items, collate_fn),
         is_captioned=with_captions,
         classes=classes,
-        train=None if train is None else first_rows(train, max_train_samples),
+        train=None if train is None else first_rows(train, "max_train_samples", max_train_samples),
         image_column=image_column,
         max_seq_length=length,
         loading=loading,

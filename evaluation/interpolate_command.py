@@ -12,7 +12,9 @@ stage, are those of END.
 
 The command prints the mean recall of retrieval on both files for each alpha, and writes one of the models to
 --output_dir, with a picture (interpolation.png) and all results (interpolation.json). It is the one with the largest
-share of the gain on the new file less the share of the loss on the old file, or the one of --alpha.
+share of the gain on the new file less the share of the loss on the old file, or the one of --alpha. START and END are
+equal by this rule if END gains on one file and loses on the other. Of equal ones it is the one with the highest recall
+on the new file, and then the one nearest to END.
 """
 
 import argparse
@@ -251,7 +253,8 @@ def build_interpolation_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--alpha",
         type=float,
-        help="Weight of END to write, instead of the one with the largest share of the gain less that of the loss.",
+        help="Weight of END to write, instead of the one with the largest share of the gain less that of the loss. Of "
+        "equal ones, that rule takes the one with the highest recall on the new data.",
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace --output_dir if it is a model folder.")
     parser.add_argument("--image_column", help="The column of images; found by its usual names if not given.")

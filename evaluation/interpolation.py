@@ -43,8 +43,10 @@ def choose_alpha(accuracies: Mapping[float, tuple[float, float]]) -> float:
     """The alpha that keeps most of the gain on the new data for the smallest part of the loss on the old data.
 
     It has the highest sum of both accuracies, each divided by its absolute change from the lowest to the highest alpha.
-    So accuracies of different scales count alike. An accuracy without a change does not count. Of equal alphas it is
-    the lowest, which is nearest to the start.
+    So accuracies of different scales count alike. An accuracy without a change does not count.
+
+    Both ends have equal sums if the end gains on one kind of data and loses on the other. Of equal sums, the highest
+    accuracy on the new data decides, because training was for these, and then the highest alpha.
 
     Args:
         accuracies: alpha -> accuracy on the new data, accuracy on the old data.
@@ -56,4 +58,4 @@ def choose_alpha(accuracies: Mapping[float, tuple[float, float]]) -> float:
         pairs = zip(accuracies[alpha], changes, strict=True)
         return sum(value / change for value, change in pairs if change)
 
-    return min(accuracies, key=lambda alpha: (-round(score(alpha), 9), alpha))
+    return max(accuracies, key=lambda alpha: (round(score(alpha), 9), accuracies[alpha][0], alpha))

@@ -77,13 +77,28 @@ def replace_folder(source: str | Path, target: str | Path) -> None:
     flush_entry_to_disk(target.parent)
 
 
+def check_folder_is_writable(folder: str | Path) -> None:
+    """Checks that a folder, which need not exist, can be created and written to.
+
+    Raises:
+        OSError: if it or the nearest parent that exists is a file, or has no write permission.
+    """
+    absolute = Path(folder).absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        fault = "has no write permission" if existing.is_dir() else "is a file"
+        raise OSError(f"The folder {folder} cannot be written, because {existing} {fault}: choose another folder.")
+
+
 def check_target(target: str | Path, overwrite: bool = False) -> None:
     """Checks that a model folder may be written to `target`.
 
     Raises:
         FileExistsError: if `target` exists and `overwrite` is false, or if it is not a model folder.
+        OSError: if the folder that contains it cannot be written.
     """
     target = Path(target)
+    check_folder_is_writable(target.parent)
     if not target.exists():
         return
     if not overwrite:

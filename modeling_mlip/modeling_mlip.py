@@ -1048,7 +1048,7 @@ class MLIPTextModel(MLIPPreTrainedModel):
 
         Returns:
             `last_hidden_state` `(T, L, D)` and `pooler_output` `(T, D)`. With `pooling="last"` or
-            `use_causal_mask=False`, L is `max_position_embeddings`; with a class token after the caption, L is one more.
+            `use_causal_mask=False`, L is `max_position_embeddings`; with a class token after the caption, one more.
 
         Raises:
             ValueError: without `input_ids`; if they are too long or `position_ids` are given, where L is fixed as

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from modeling_mlip.hub.atomic_files import write_atomically
+from modeling_mlip.hub.atomic_files import check_folder_is_writable, write_atomically
 
 from .chunks import Chunk
 
@@ -69,11 +69,13 @@ class EmbeddingFolder:
 
         Raises:
             FileExistsError: if the folder holds other files.
+            OSError: if it cannot be written.
             ValueError: if the run in the folder has other settings.
         """
         if not (self.path / METADATA).is_file():
             if self.path.exists() and (not self.path.is_dir() or set(self.path.iterdir()) - self._unfinished_files()):
                 raise FileExistsError(f"output_dir={self.path}: not empty, and no run of mlip embed; choose another.")
+            check_folder_is_writable(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_metadata({**settings, "finished": False})
             return False

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from modeling_mlip.data.images import load_image
+from modeling_mlip.data.images import load_image, read_image_file
 from modeling_mlip.evaluation.encoders import Encoder
 from modeling_mlip.evaluation.html_page import Section, write_page
 from modeling_mlip.hub.flag_help import FlagHelpFormatter
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     if (flags.words is None) == (flags.image is None):
         raise ValueError("Give either words or --image FILE to search for.")
-    image = None if flags.image is None else load_image(flags.image)
+    image = None if flags.image is None else read_image_file(flags.image)
     index = VectorIndex(flags.index)
     encoder = load_index_encoder(index.metadata, flags.model)
     if image is None:

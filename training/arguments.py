@@ -281,9 +281,17 @@ class MLIPTrainingArguments(TrainingArguments):
             raise ValueError(f"skip_budget={self.skip_budget}: choose a fraction from 0 to 1.")
         if self.mini_batch_size is not None and self.mini_batch_size < 1:
             raise ValueError(f"mini_batch_size={self.mini_batch_size}: choose 1 or more, or leave it out.")
-        for name in ("keep_weight", "reference_weight", "distill_unmerged", "short_caption_weight"):
+        weights = ("keep_weight", "reference_weight", "distill_unmerged", "short_caption_weight")
+        for name in ("learning_rate", "weight_decay", *weights):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: choose a finite number, 0 or more.")
+        for name in ("gradient_accumulation_steps", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more.")
+        if self.do_train and self.max_steps == 0:
+            raise ValueError("max_steps=0: choose 1 or more, or leave it out to train for num_train_epochs.")
+        if self.do_train and self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs}: choose a finite number above 0.")
         if self.keep_type not in DISTILLATION_LOSSES:
             raise ValueError(f"keep_type={self.keep_type!r}: choose one of {', '.join(DISTILLATION_LOSSES)}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

@@ -23,6 +23,7 @@ from modeling_mlip.data.data_arguments import TrainingDataArguments
 from modeling_mlip.data.items import build_pairs
 from modeling_mlip.data.sources import load_pairs
 from modeling_mlip.evaluation.tasks.retrieval import retrieval_results
+from modeling_mlip.hub.atomic_files import check_folder_is_writable
 from modeling_mlip.hub.configurations import pretrained_config
 from modeling_mlip.hub.errors import hub_errors
 from modeling_mlip.hub.model_card import write_model_card
@@ -172,7 +173,7 @@ def find_checkpoint(args: MLIPTrainingArguments) -> str | None:
 
 
 def check_output_dir(output_dir: str, checkpoint: str | None) -> None:
-    """Raise ValueError if training would write over a finished or interrupted run.
+    """Raise ValueError if training would write over a finished or interrupted run, OSError if it cannot write.
 
     Args:
         checkpoint: the checkpoint to resume from; one in `output_dir` continues the run there.
@@ -180,6 +181,7 @@ def check_output_dir(output_dir: str, checkpoint: str | None) -> None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file: give a folder.")
+    check_folder_is_writable(folder)
     last = get_last_checkpoint(output_dir) if folder.is_dir() else None
     run_files = [path.name for pattern in RUN_FILES for path in folder.glob(pattern)]
     if last is None and not run_files:

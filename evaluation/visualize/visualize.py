@@ -25,7 +25,8 @@ from transformers import CLIPProcessor
 
 from modeling_mlip import MLIPConfig, MLIPModel
 from modeling_mlip.configuration_mlip import MERGE_METHODS
-from modeling_mlip.data.images import read_image
+from modeling_mlip.data.images import read_image, read_image_file
+from modeling_mlip.hub.atomic_files import check_folder_is_writable
 from modeling_mlip.hub.configurations import override_config, saved_config
 from modeling_mlip.hub.flag_help import FlagHelpFormatter
 from modeling_mlip.hub.loading import load_pretrained, load_processor
@@ -55,13 +56,7 @@ def find_images(path: str) -> list[Path]:
     else:
         raise FileNotFoundError(f"image={path}: no such file; give an image or a folder of images.")
     for file in files:
-        try:
-            read_image(None, str(file))
-        except Exception as error:  # decoders raise exceptions of many types
-            raise ValueError(
-                f"image={file}: not an image that can be read ({type(error).__name__}); give a complete PNG, JPEG, "
-                "WebP or another format that Pillow reads, or remove it from the folder."
-            ) from error
+        read_image_file(str(file))
     return files
 
 
@@ -103,11 +98,12 @@ def visualize(
         the inspection of each image, by the path of its page.
 
     Raises:
-        ValueError, OSError: as `load_model`, or if `output_dir` is a file.
+        ValueError, OSError: as `load_model`, or if `output_dir` is a file or cannot be written.
     """
     target = Path(output_dir)
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"output_dir={output_dir} is a file; choose a folder.")
+    check_folder_is_writable(target)
     model, processor = load_model(source, overrides)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     target.mkdir(parents=True, exist_ok=True)

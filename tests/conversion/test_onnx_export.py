@@ -21,6 +21,7 @@ from modeling_mlip.conversion.onnx_export import (
     export_encoder,
     export_onnx,
     quantize_encoder,
+    smallest_cosine,
 )
 from modeling_mlip.hub.cli import main as mlip
 
@@ -96,6 +97,27 @@ def test_int8_weights_and_inputs_follow_the_formula_of_dynamic_quantisation(tmp_
     theirs = (quantized * input_scale) @ (np.round(exact_weights / weight_scale) * weight_scale)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
     assert np.abs(ours - inputs @ weights).max() > 1e-3
+    products = exact_inputs @ exact_weights
+    cosines = (ours * products).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(products, axis=1)
+    paths = (tmp_path / "int8.onnx", tmp_path / "float.onnx")
+    assert smallest_cosine(*paths, {"inputs": torch.from_numpy(inputs)}) == pytest.approx(cosines.min(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("cosine", "status"), [(0.95, 0), (0.5, 1), (float("nan"), 1)])
+def test_an_int8_file_that_differs_is_noted_and_one_that_differs_grossly_is_refused(
+    cosine, status, sources, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(onnx_export, "export_encoder", lambda *args: 0.0)
+    monkeypatch.setattr(onnx_export, "quantize_encoder", lambda source, path: path.write_bytes(b"onnx"))
+    monkeypatch.setattr(onnx_export, "smallest_cosine", lambda *args: cosine)
+    folder = tmp_path / "int8"
+    assert mlip(["export", sources["mlip"], "--dtype", "int8", "--output_dir", str(folder)]) == status
+    printed = capsys.readouterr()
+    if status == 0:
+        assert "Note: below 0.99. Compare recall with the float32 files" in printed.out
+    else:
+        assert f"{IMAGE_FILE} in int8 has a cosine similarity of {cosine:.4f} to float32" in printed.err
+        assert not folder.exists() and not list(tmp_path.iterdir())
 
 
 def test_a_file_that_computes_something_else_is_refused(monkeypatch, tmp_path):

@@ -130,6 +130,9 @@ def test_sample_limits_and_the_drawn_data_set(streaming, monkeypatch):
     loaded = load_pairs(**args.source(), **args.columns())
     assert [len(list(loaded[split])) for split in ("train", "validation")] == [7, 2]
     assert find_columns(loaded["train"], **args.columns()) == ("image", "caption")
+    for name, limit in (("max_train_samples", 0), ("max_eval_samples", -1)):
+        with pytest.raises(ValueError, match=f"{name}={limit}: choose 1 or more"):
+            load_pairs(dataset_name="shapes", streaming=streaming, **{name: limit})
 
 
 def bad_inputs(root):

@@ -7,6 +7,8 @@ import pytest
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 
 from modeling_mlip import MLIPConfig
+from modeling_mlip.hub import atomic_files
+from modeling_mlip.hub.cli import main as mlip
 from modeling_mlip.hub.errors import error_line, hub_errors, is_user_error, with_flags
 
 
@@ -66,3 +68,23 @@ def test_an_error_of_the_hub_names_the_repository_and_the_next_step(status, next
 def test_an_error_that_is_not_of_the_connection_passes_unchanged():
     with pytest.raises(RuntimeError, match="a bug"), hub_errors("owner/name"):
         raise RuntimeError("a bug")
+
+
+WRITING_COMMANDS = [
+    ["convert", "nowhere"],
+    ["export", "nowhere", "--output_dir"],
+    ["interpolate", "start", "end", "--validation_file", "new.csv", "--validation_file", "old.csv", "--output_dir"],
+    ["benchmark", "--model_name_or_path", "nowhere", "--output_dir"],
+    ["train", "--config_name", "tiny", "--dataset_name", "shapes", "--output_dir"],
+]
+
+
+@pytest.mark.parametrize("command", WRITING_COMMANDS, ids=lambda command: command[0])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(command, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert mlip([*command, str(tmp_path / "file" / "sub")]) == 1
+    assert f"because {tmp_path / 'file'} is a file: choose another folder" in capsys.readouterr().err
+    monkeypatch.setattr(atomic_files.os, "access", lambda *arguments: False)
+    assert mlip([*command, str(tmp_path / "new" / "sub")]) == 1
+    assert f"because {tmp_path} has no write permission: choose another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

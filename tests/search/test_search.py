@@ -148,6 +148,13 @@ def test_words_and_an_image_exclude_each_other(flags, folder, capsys):
     assert "Give either words or --image FILE" in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_image_is_named(folder, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("no image")
+    for name, message in (("notes.txt", "not an image that can be read"), ("nowhere.png", "no such file")):
+        assert mlip(["search", str(folder), "--image", str(tmp_path / name)]) == 1
+        assert f"image={tmp_path / name}: {message}" in capsys.readouterr().err
+
+
 def test_the_index_benchmark_writes_one_record_for_each_library_and_width(tmp_path, monkeypatch):
     path = Path(__file__).parents[2] / "benchmarks" / "search_index.py"
     spec = importlib.util.spec_from_file_location("search_index", path)

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import math
 
 import datasets
 import numpy as np
@@ -218,7 +219,20 @@ def test_logs_tell_speed_and_the_tokens_of_each_layer(drawn, tmp_path):
     assert entry["skipped_steps"] == entry["skipped_samples"] == 0
 
 
-@pytest.mark.parametrize("argument", [("mini_batch_size", 0), ("max_nonfinite_steps", 0), ("token_loss_scope", "node")])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        ("mini_batch_size", 0),
+        ("max_nonfinite_steps", 0),
+        ("token_loss_scope", "node"),
+        ("learning_rate", math.inf),  # the first step would make every weight infinite, and the run would end well
+        ("learning_rate", -1.0),
+        ("weight_decay", -0.1),
+        ("gradient_accumulation_steps", 0),
+        ("per_device_eval_batch_size", 0),  # it would fail after the training
+        ("max_steps", 0),
+    ],
+)
 def test_an_argument_out_of_its_range_is_refused(drawn, tmp_path, argument):
     name, value = argument
     with pytest.raises(ValueError, match=f"{name}={value!r}: choose"):
