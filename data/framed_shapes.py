@@ -13,7 +13,8 @@ from .shapes import Scenes, draw_shapes, draw_splits
 
 SIZES = ("small", "large")
 RADII = np.array([[0.27, 0.31], [0.38, 0.42]])  # smallest and largest, as fractions of the image side
-PERIODS = np.array([0.25, 0.125, 0.0625], dtype=np.float32)  # of the stripes: 12, 6 and 3 pixels of 48
+PERIODS = np.array([0.25, 0.11, 0.0625], dtype=np.float32)  # of the stripes: 12, 5.3 and 3 pixels of 48
+CONTRAST = 0.16  # of the stripes
 FRAMES = ("without a frame", "in a thin frame", "in a thick frame")
 FRAME_WIDTHS = np.array([0, 0.04, 0.08])  # fractions of the image side
 FRAME_GREY = 230
@@ -53,7 +54,8 @@ def draw_framed(
 ) -> np.ndarray:
     """Draw B images, uint8 (B, S, S, 3), from indices (B,) into the tables of this file and of `shapes`."""
     centred = np.zeros((len(shape), 2))
-    pixels = draw_shapes(shape, colour, PERIODS[texture], RADII[size], centred, BACKGROUND_GREYS, image_size, rng)
+    periods, radii = PERIODS[texture], RADII[size]
+    pixels = draw_shapes(shape, colour, periods, radii, centred, BACKGROUND_GREYS, image_size, rng, CONTRAST)
     place = np.arange(image_size)
     to_edge = np.minimum(place, image_size - 1 - place)
     to_edge = np.minimum(to_edge, to_edge[:, None])  # (S, S), pixels to the nearest edge

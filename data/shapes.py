@@ -173,6 +173,7 @@ def draw_shapes(
     greys: tuple[float, float],
     image_size: int,
     rng: np.random.Generator,
+    contrast: float = STRIPE_CONTRAST,
 ) -> np.ndarray:
     """Draw B striped shapes on grey backgrounds.
 
@@ -183,6 +184,7 @@ def draw_shapes(
         offsets: (B, 2), to the right and down, from the centre of the image to that of the shape.
         greys: darkest and lightest background, from 0 to 1.
         image_size: side S in pixels.
+        contrast: standard deviation of the stripes within the shape.
 
     Returns:
         uint8 (B, S, S, 3).
@@ -213,7 +215,7 @@ def draw_shapes(
     wave -= (wave * inside).sum(axis=(1, 2), keepdims=True) / area
     wave /= np.sqrt((wave**2 * inside).sum(axis=(1, 2), keepdims=True) / area)
 
-    striped = COLOURS[colour][:, None, None, :] + STRIPE_CONTRAST * wave[..., None]
+    striped = COLOURS[colour][:, None, None, :] + contrast * wave[..., None]
     grey = uniform(*greys)[..., None]
     pixels = np.where(inside[..., None], striped, grey)
     pixels += NOISE * rng.standard_normal(pixels.shape, dtype=np.float32)

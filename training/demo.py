@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=list(MODELS),
         help="Models to train. The first takes --max_steps, the second as many steps as take the same time.",
     )
-    parser.add_argument("--max_steps", type=int, default=1300, help="Training steps of 64 pairs.")
+    parser.add_argument("--max_steps", type=int, default=1500, help="Training steps of 64 pairs.")
     parser.add_argument("--merge_ratio", type=float, default=0.5, help="Fraction of MLIP's patch tokens merged.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of weights and batches.")
     flags = parser.parse_args(arguments)

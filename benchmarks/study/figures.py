@@ -95,10 +95,13 @@ def weight_table(record: dict[str, Any], metric: str) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_study(record: dict[str, Any], data: StudyData, folder: Path) -> Path:
-    """Draw every run at equal compute on the left, and the metric over the merge ratio on the right."""
+def draw_study(record: dict[str, Any], data: StudyData, folder: Path) -> Path | None:
+    """Draw every run at equal compute on the left, and the metric over the merge ratio on the right. `None` if there
+    are none."""
+    if not (runs_of := runs_by_arm(record, "compute")):
+        return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=[1.4, 1], layout="constrained")
-    draw_arms(left, runs_by_arm(record, "compute"), data)
+    draw_arms(left, runs_of, data)
     draw_ratios(right, runs_at_ratios(record), data)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"study_{data.name}.png"

@@ -20,7 +20,7 @@ from modeling_mlip.data.shapes import PROMPTS
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
 sys.path.insert(0, str(STUDY))
-from figures import draw_curves, metrics_table  # noqa: E402
+from figures import draw_curves, draw_study, metrics_table  # noqa: E402
 from run import (  # noqa: E402
     ARMS,
     add_costs,
@@ -263,6 +263,7 @@ def test_curves_are_drawn_over_compute(described, tmp_path):
     curve = {"10": {"mean_recall": 3.0}, "50": {"mean_recall": 4.0}}
     record["runs"] = [{"arm": "MLIP", "seed": 0, "steps": 50}]
     assert draw_curves(record, data, tmp_path) is None
+    assert draw_study(record, data, tmp_path) is None  # no run at equal compute
     record["runs"][0]["curve"] = curve
     with mock.patch.object(Axes, "plot", autospec=True, side_effect=Axes.plot) as plot:
         assert draw_curves(record, data, tmp_path).is_file()
