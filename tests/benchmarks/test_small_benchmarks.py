@@ -195,8 +195,10 @@ def test_figures_are_printed_and_drawn_for_every_result_file(figures, tmp_path, 
     figures.main(["--output_dir", str(tmp_path)])
     printed = capsys.readouterr().out
     for path in RESULTS.glob("*.json"):
-        assert (tmp_path / f"study_{path.stem}.png").read_bytes().startswith(b"\x89PNG")
+        drawn = list(tmp_path.glob(f"study_{path.stem}*.png"))
+        assert drawn and all(picture.read_bytes().startswith(b"\x89PNG") for picture in drawn)
         assert f"# {path.stem}" in printed
+    assert (tmp_path / "study_flickr8k-nano_curves.png").is_file()
 
 
 def test_kill_and_resume_compares_contents_and_not_file_names():
