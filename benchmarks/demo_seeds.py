@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--busy_loops", type=int, default=0, help="Programs beside the demo, each on one core.")
     parser.add_argument("--result_file", type=Path, default=RESULT_FILE)
     flags = parser.parse_args(arguments)
+    if flags.busy_loops < 0:
+        parser.error(f"--busy_loops {flags.busy_loops}: choose 0 or more.")
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     record = {"machine": f"{machine}; torch {torch.__version__}", "runs": []}
     if flags.result_file.is_file():

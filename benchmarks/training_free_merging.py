@@ -38,7 +38,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, Dinov2Model, PreTrainedConfig
 
 from modeling_mlip import MLIPModel, MLIPVisionConfig, MLIPVisionModel
-from modeling_mlip.conversion.speedup import TOLERANCE, find_merge_ratio
+from modeling_mlip.conversion.speedup import find_merge_ratio, search_merge_ratio
 from modeling_mlip.hub.atomic_files import write_atomically
 from modeling_mlip.hub.formatting import format_table
 from modeling_mlip.hub.loading import load_saved
@@ -270,21 +270,10 @@ class Meter:
             gflops = count_merged_gflops(self.model, self.pixel_values, method, layers, merge_ratio)
             return gflops * speedup / self.gflops - 1
 
-        low, high = 0.0, min(1 - 0.51 ** len(layers), 0.95)
-        at_low, at_high = speedup - 1, excess(high)
-        if at_high > 0:
+        high = min(1 - 0.51 ** len(layers), 0.95)
+        if (at_high := excess(high)) > 0:
             raise ValueError(f"speedup={speedup} is not reached in layers {layers} at a merge ratio of {high:.2f}.")
-        # FLOPs fall nearly linearly with the ratio.
-        for _ in range(8):
-            middle = low + (high - low) * at_low / (at_low - at_high)
-            at_middle = excess(middle)
-            if abs(at_middle) < TOLERANCE:
-                break
-            if at_middle > 0:
-                low, at_low = middle, at_middle
-            else:
-                high, at_high = middle, at_middle
-        return round(middle, 3)
+        return search_merge_ratio(excess, speedup - 1, high, at_high)
 
 
 def scale_placements(placements: list[list[int]], depth: int) -> list[list[int]]:

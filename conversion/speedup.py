@@ -3,6 +3,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,14 +76,25 @@ def find_merge_ratio(config: MLIPVisionConfig, merge_layers: list[int], speedup:
         tower.set_merge_ratio(merge_ratio)
         return count_flops(tower) / wanted - 1
 
-    low, high = 0.0, min(HIGHEST_RATIO, 1 - 1 / num_patches)
-    at_low, at_high = speedup - 1, excess(high)
-    if at_high > 0:
+    high = min(HIGHEST_RATIO, 1 - 1 / num_patches)
+    if (at_high := excess(high)) > 0:
         most = speedup / (1 + at_high)
         raise ValueError(
             f"speedup={speedup}: this tower reaches at most {most:.2f}, at a merge ratio of {high:.2f}; choose less."
         )
-    # FLOPs fall nearly linearly with the ratio, so a few steps of linear interpolation suffice.
+    return search_merge_ratio(excess, speedup - 1, high, at_high)
+
+
+def search_merge_ratio(excess: Callable[[float], float], at_zero: float, high: float, at_high: float) -> float:
+    """The merge ratio, rounded to three digits, at which `excess` is 0 within `TOLERANCE`.
+
+    FLOPs fall nearly linearly with the ratio, so a few steps of linear interpolation suffice.
+
+    Args:
+        excess: FLOPs above the wanted number at a merge ratio, as a fraction of that number.
+        at_zero, at_high: its values at 0 and at the merge ratio `high`; 0 or more, and 0 or less.
+    """
+    low, at_low = 0.0, at_zero
     for _ in range(8):
         middle = low + (high - low) * at_low / (at_low - at_high)
         at_middle = excess(middle)

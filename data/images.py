@@ -44,8 +44,7 @@ def read_image(data: bytes | None, path: str | None) -> Image.Image:
     if data is None:
         if not path:
             raise ValueError("there is no image")
-        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
-            data = file.read()
+        data = _read_bytes(path)
     image: Image.Image = Image.open(io.BytesIO(data))
     image.load()
     return convert_to_rgb(image)
@@ -58,17 +57,28 @@ def read_image_file(path: str) -> Image.Image:
         path: a path or URL.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file, if it does not exist or is not an image that can be read.
+        OSError: naming the file, if it does not exist or cannot be read.
+        ValueError: naming the file, if it is not an image.
     """
     try:
-        return read_image(None, path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"image={path}: no such file; give an image.") from error
+        data = _read_bytes(path)
+    except OSError as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(f"image={path}: {error.strerror or error}; give an image that can be read.") from error
+    try:
+        return read_image(data, None)
     except Exception as error:  # decoders raise exceptions of many types
         raise ValueError(
             f"image={path}: not an image that can be read ({type(error).__name__}); give a complete PNG, JPEG, "
             "WebP or another format that Pillow reads, or leave it out."
         ) from error
+
+
+def _read_bytes(path: str) -> bytes:
+    """The content of a path or URL."""
+    with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+        content: bytes = file.read()
+    return content
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:

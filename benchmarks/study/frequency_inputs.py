@@ -202,11 +202,19 @@ def parse_variant_flags(arguments: list[str] | None = None) -> argparse.Namespac
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parse_variant_flags(arguments)
-    data = read_study_data(flags.data, flags.train_file, flags.validation_file)
-    steps = flags.steps or steps_of(json.loads((RESULTS / f"{data.name}.json").read_text()), "MLIP", "compute")
+    try:
+        data = read_study_data(flags.data, flags.train_file, flags.validation_file)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    study = RESULTS / f"{data.name}.json"
+    if flags.steps is None and not study.is_file():
+        raise SystemExit(f"error: {study} does not exist; give --steps, or run the study on {data.name} first.")
+    steps = flags.steps or steps_of(json.loads(study.read_text()), "MLIP", "compute")
     path = flags.output_dir / "frequency_inputs" / f"{data.name}.json"
     new_record = {"machine": describe_processor(), "data": data.record(), "runs": []}
     record = json.loads(path.read_text()) if path.exists() else new_record
+    if record["data"] != data.record():
+        raise SystemExit(f"{path} holds runs with other settings; move it to another folder to start again.")
     finished = {(run["variant"], run["seed"], run["steps"]) for run in record["runs"]}
     runs = [(variant, seed, steps) for seed in flags.seeds for variant in flags.variants]
     for run in tqdm([run for run in runs if run not in finished], desc="runs"):

@@ -443,6 +443,8 @@ def parse_study_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = parse_study_flags(arguments)
+    if flags.evaluations < 0:
+        raise SystemExit(f"error: --evaluations {flags.evaluations}: choose 0 or more.")
     try:
         data = read_study_data(flags.data, flags.train_file, flags.validation_file)
     except ValueError as error:

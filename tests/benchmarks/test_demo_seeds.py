@@ -57,3 +57,9 @@ def test_runs_beside_busy_loops_are_reported_by_themselves(fake_demo, tmp_path):
 def test_a_demo_that_fails_is_reported(fake_demo, tmp_path):
     with pytest.raises(RuntimeError, match="seed -1 failed:\nno room"):
         demo_seeds.main(["--result_file", str(tmp_path / "seeds.json"), "--seeds", "-1"])
+
+
+def test_a_negative_number_of_busy_loops_is_refused(fake_demo, capsys):
+    with pytest.raises(SystemExit):
+        demo_seeds.main(["--busy_loops", "-1"])
+    assert "--busy_loops -1: choose 0 or more" in capsys.readouterr().err

@@ -48,6 +48,13 @@ def test_a_larger_block_gives_its_patches_the_same_features(pixels):
     assert not torch.equal(block[:, 0, 0], block[:, 2, 0])
 
 
+@pytest.fixture
+def described_elsewhere(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text((STUDY / "data" / "flickr8k-nano.json").read_text())
+    return path
+
+
 @pytest.mark.parametrize("name", INPUTS)
 def test_every_input_is_finite_and_one_row_for_each_patch(pixels, name):
     features = INPUTS[name](pixels, 8)
@@ -75,3 +82,13 @@ def test_variants_are_trained_and_written_once(pixels, tmp_path, monkeypatch):
     (path,) = tmp_path.glob("*/flickr8k-nano.json")
     assert [run["variant"] for run in json.loads(path.read_text())["runs"]] == ["pixels", "agreement", "no stage"]
     assert set(VARIANTS) >= {"log-amplitude", "agreement", "no stage"}
+
+
+def test_runs_with_other_settings_and_a_data_set_without_results_are_refused(described_elsewhere, tmp_path):
+    with pytest.raises(SystemExit, match="mine.json does not exist; give --steps"):
+        frequency_inputs.main(["--data", str(described_elsewhere)])
+    path = tmp_path / "frequency_inputs" / "mine.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"data": {"batch": 3}, "runs": []}))
+    with pytest.raises(SystemExit, match="holds runs with other settings"):
+        frequency_inputs.main(["--data", str(described_elsewhere), "--steps", "2", "--output_dir", str(tmp_path)])

@@ -247,6 +247,11 @@ def test_a_calibration_is_repeated_without_a_change_to_the_steps(described, tmp_
     assert repeated == record
 
 
+def test_a_negative_number_of_evaluations_is_refused():
+    with pytest.raises(SystemExit, match="--evaluations -1: choose 0 or more"):
+        main(["--data", "shapes", "--evaluations", "-1"])
+
+
 def test_a_run_is_evaluated_in_between_and_this_does_not_change_it(described):
     data = replace(read_study_data(str(described)), config="nano", model={"patch_size": 8})
     plain, curved = (train_arm(data, "MLIP", 0, 4, bf16=False, num_evaluations=each) for each in (0, 2))

@@ -150,7 +150,11 @@ def test_words_and_an_image_exclude_each_other(flags, folder, capsys):
 
 def test_a_file_that_is_no_image_is_named(folder, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no image")
-    for name, message in (("notes.txt", "not an image that can be read"), ("nowhere.png", "no such file")):
+    for name, message in (
+        ("notes.txt", "not an image that can be read"),
+        ("nowhere.png", "No such file"),
+        (".", "Is a directory"),
+    ):
         assert mlip(["search", str(folder), "--image", str(tmp_path / name)]) == 1
         assert f"image={tmp_path / name}: {message}" in capsys.readouterr().err
 
