@@ -40,6 +40,8 @@ ROOMS = ("hub", "data", "evaluation", "training", "conversion", "search")  # fol
 PACKAGES = ("torch", "transformers", "accelerate", "open_clip_torch", "timm", "triton", "flash_attn")
 SECONDS_TO_START = 20  # of a run of the study: imports and reading the images
 LARGEST_SECONDS_PER_RUN = 180
+TEST_PROCESSES = 8
+LEAST_SECONDS_TO_COMPILE = {"inference": 60, "training": 180}
 LOG_LINES = 30  # lines of the output that `run.json` holds of a command that failed
 
 
@@ -51,11 +53,13 @@ class Command:
         name: unique; the name of the log file.
         arguments: what follows the Python interpreter.
         share: share in the time of the stage, relative to the commands that follow.
+        least_seconds: the command is skipped if it would have a smaller limit.
     """
 
     name: str
     arguments: list[str]
     share: float = 1.0
+    least_seconds: float = 0.0
 
 
 # The machine and the package
@@ -99,9 +103,12 @@ def package_environment(folder: Path) -> dict[str, str]:
         return environment
     package = folder / "modeling_mlip"
     package.mkdir(parents=True, exist_ok=True)
-    for source in (*(ROOT / "modeling_mlip").glob("*.py"), *(ROOT / room for room in ROOMS)):
-        (package / source.name).unlink(missing_ok=True)
-        (package / source.name).symlink_to(source)
+    links = {package / source.name: source for source in (ROOT / "modeling_mlip").glob("*.py")}
+    links |= {package / room: ROOT / room for room in ROOMS}
+    links[folder / "mlip_command.py"] = ROOT / "mlip_command.py"
+    for link, source in links.items():
+        link.unlink(missing_ok=True)
+        link.symlink_to(source)
     paths = (str(folder), os.environ.get("PYTHONPATH"))
     return {**environment, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
@@ -115,9 +122,9 @@ def precision_flags(device: str) -> list[str]:
 
 
 def gpu_test_commands(flags: argparse.Namespace) -> list[Command]:
-    """Stage a. A dry run takes one test of each kind that a CPU does in seconds."""
-    chosen = ["-k", "bf16 and (loads and MLIPModel or flash)"] if flags.quick else []
-    arguments = ["-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "-p", "no:cacheprovider", *chosen, TEST_FILE]
+    """Stage a, by several processes. A dry run takes one test of each kind that a CPU does in seconds."""
+    chosen = ["-k", "bf16 and (loads and MLIPModel or flash)"] if flags.quick else ["-n", str(TEST_PROCESSES)]
+    arguments = ["-P", "-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "-p", "no:cacheprovider", *chosen, TEST_FILE]
     return [Command("tests", arguments)]
 
 
@@ -135,7 +142,7 @@ def speed_commands(flags: argparse.Namespace) -> list[Command]:
     placements = ["early"] if flags.quick else ["three", "early"]
     half = ["--merge_ratios", "0.5", "--placements"]
     towers = [speed, "--config_name", base, "--batch_size", *batches, "--merge_ratios", *ratios, "--methods", *methods]
-    towers += ["--placements", "early"] if flags.quick else []
+    towers += ["--placements", *placements]
     training = [speed, "--training", "--config_name", base, "--batch_size", *batches, *half, *placements]
     large_towers = [speed, "--config_name", large, "--batch_size", *batches, *half, *placements]
     compiled = [speed, "--compile", "--config_name", base, "--batch_size", batches[0], *half, "early"]
@@ -151,12 +158,18 @@ def speed_commands(flags: argparse.Namespace) -> list[Command]:
     return [
         *commands,
         Command("speed of L/14", [*large_towers, *shared, "--methods", *methods], 2),
-        Command("speed of compiled B/16", [*compiled, *shared, "--methods", *methods[1:3]], 2.5),
+        Command(
+            "speed of compiled B/16",
+            [*compiled, *shared, "--methods", "MLIP"],
+            2.5,
+            LEAST_SECONDS_TO_COMPILE["inference"],
+        ),
         Command(
             "compiled training step of B/16",
             [*training[:5], batches[0], *half, "early", "--compile", *shared, "--methods", "MLIP"],
             2,
-        ),  # fmt: skip
+            LEAST_SECONDS_TO_COMPILE["training"],
+        ),
     ]
 
 
@@ -248,6 +261,9 @@ def run_stages(flags: argparse.Namespace) -> dict[str, Any]:
         for place, command in enumerate(commands):
             shares = [each.share for each in commands[place:]]
             seconds = max((stage_end - time.monotonic()) * shares[0] / sum(shares), 0)
+            if seconds < command.least_seconds:
+                print(f"{stage}  {command.name}: skipped, it needs {command.least_seconds:.0f} s; raise --minutes")
+                continue
             record["commands"].append(run_one(stage, command, seconds, environment, flags.output_dir))
             write_json(flags.output_dir / "run.json", record)
     return record
@@ -273,9 +289,11 @@ def run_one(
 
 
 def read_test_results(lines: list[str]) -> dict[str, Any]:
-    """The result of each test in the output of `pytest -vv`, which is written test by test, and their counts."""
-    pattern = re.compile(r"^\S+?::(.+?) (PASSED|FAILED|SKIPPED|ERROR)\b")
-    results = {match[1]: match[2].lower() for match in map(pattern.match, lines) if match}
+    """The result of each test in the output of `pytest -vv`, by one process or several, and their counts."""
+    one = re.compile(r"^\S+?::(?P<test>.+?) (?P<result>PASSED|FAILED|SKIPPED|ERROR)\b")
+    several = re.compile(r"^\[gw\d+\] \[ *\d+%\] (?P<result>PASSED|FAILED|SKIPPED|ERROR) \S+?::(?P<test>.+?) *$")
+    matches = [one.match(line) or several.match(line) for line in lines]
+    results = {match["test"]: match["result"].lower() for match in matches if match}
     counts = {result: list(results.values()).count(result) for result in sorted(set(results.values()))}
     return {"counts": counts, "tests": results}
 

@@ -38,7 +38,8 @@ FIRST_PAIRS = 2
 
 def make_step(config_name: str, overrides: dict[str, Any], device: str, mini_batch_size: int | None) -> Callable:
     """A function that takes a number of pairs, does one training step and returns its seconds."""
-    model = MLIPModel(override_config(named_config(config_name), overrides))
+    with torch.device(device):  # a GPU draws the weights much faster than the CPU
+        model = MLIPModel(override_config(named_config(config_name), overrides))
     folder = tempfile.mkdtemp()
     args = MLIPTrainingArguments(
         folder, use_cpu=device == "cpu", bf16=device == "cuda", report_to="none", mini_batch_size=mini_batch_size

@@ -59,7 +59,7 @@ RESULTS = Path(__file__).parent / "results" / "speed.json"
 CLIP, OPEN_CLIP, TIMM = "CLIP (transformers)", "CLIP (open_clip)", "ViT (timm)"
 MLIP, PLAIN, ELIP, TOME = "MLIP", "MLIP, no frequency stage", "ELIP", "ToMe (timm)"
 AUTHORS_ELIP = "ELIP (its authors')"
-DEFAULT = "MLIP, default importance"  # `merge_importance_weight` as the configuration has it
+DEFAULT = "MLIP, default weights"  # those of ALL_PARTS as the configuration has them
 METHODS = (CLIP, OPEN_CLIP, TIMM, PLAIN, MLIP, DEFAULT, ELIP, TOME, AUTHORS_ELIP)
 PLACEMENTS = ("three", "early", "every")
 CAPTION_LENGTHS = (10, 20)  # real tokens, BOS and EOS included
@@ -116,7 +116,10 @@ class Bench:
         ids = torch.where(positions < lengths - 1, ids, text.eos_token_id)
         return {"input_ids": ids, "attention_mask": (positions < lengths).long()}
 
-    def _place(self, model: nn.Module) -> nn.Module:
+    def _build(self, make: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+        """A model with random weights, which a GPU draws much faster than the CPU."""
+        with torch.device(self.flags.device):
+            model = make(*args, **kwargs)
         dtype = torch.bfloat16 if self.flags.bf16 and not self.whole else torch.float32
         return model.to(self.flags.device, dtype).train(self.flags.training)
 
@@ -131,14 +134,15 @@ class Bench:
             vision_config={name: value for name, value in vision.items() if hasattr(known.vision_config, name)},
             projection_dim=self.config.projection_dim,
         )
-        return self._place(CLIPModel(config) if self.whole else CLIPVisionModel(config.vision_config))
+        return self._build(CLIPModel, config) if self.whole else self._build(CLIPVisionModel, config.vision_config)
 
     @functools.cached_property
     def open_clip(self) -> nn.Module:
         import open_clip
 
         vision, text = self.config.vision_config, self.config.text_config
-        model = open_clip.CLIP(
+        model = self._build(
+            open_clip.CLIP,
             embed_dim=self.config.projection_dim,
             vision_cfg=open_clip.CLIPVisionCfg(
                 layers=vision.num_hidden_layers,
@@ -157,7 +161,7 @@ class Bench:
             ),
             quick_gelu=vision.hidden_act == "quick_gelu",
         )
-        return self._place(model if self.whole else model.visual)
+        return model if self.whole else model.visual
 
     def _geometry(self) -> dict[str, Any]:
         """What timm's ViT and ELIP's take alike."""
@@ -175,13 +179,14 @@ class Bench:
     def timm(self) -> nn.Module:
         from timm.models.vision_transformer import VisionTransformer
 
-        tower = VisionTransformer(
+        tower = self._build(
+            VisionTransformer,
             **self._geometry(),
             num_classes=0,
             global_pool="token",
             pre_norm=True,
         )
-        return self._place(self._with_timm_tower(tower) if self.whole else tower)
+        return self._with_timm_tower(tower) if self.whole else tower
 
     def authors_elip(self, contestant: Contestant) -> nn.Module:
         """ELIP's published ViT, after the same layers and with as many tokens left as MLIP's.
@@ -195,7 +200,8 @@ class Bench:
         stages = [layer + 1 for layer, number in enumerate(removed) if number > 0]
         patches = (vision.image_size // vision.patch_size) ** 2
         left = [patches - sum(removed[:stage]) for stage in stages]
-        tower = VisionTransformer(
+        tower = self._build(
+            VisionTransformer,
             **self._geometry(),
             prune_state={
                 "begin_layer": stages,
@@ -207,12 +213,13 @@ class Bench:
         )
         caption = torch.randn(self.batch_size, vision.hidden_size, device=self.pixels.device, dtype=self.pixels.dtype)
         tower.forward = functools.partial(tower.forward, text_cls=caption)
-        return self._place(tower)
+        return tower
 
     def _with_timm_tower(self, tower: nn.Module) -> nn.Module:
         """open_clip's model with this vision tower."""
         model = share(self.open_clip)
-        projection = nn.Linear(self.config.vision_config.hidden_size, self.config.projection_dim, bias=False)
+        widths = (self.config.vision_config.hidden_size, self.config.projection_dim)
+        projection = self._build(nn.Linear, *widths, bias=False)
         model.visual = nn.Sequential(tower, projection)
         return model
 
@@ -225,7 +232,7 @@ class Bench:
         return self._mlip(override_config(self.config, LIKE_CLIP))
 
     def _mlip(self, config: MLIPConfig) -> nn.Module:
-        return self._place(MLIPModel(config) if self.whole else MLIPVisionModel(config.vision_config))
+        return self._build(MLIPModel, config) if self.whole else self._build(MLIPVisionModel, config.vision_config)
 
     def removed(self, contestant: Contestant) -> list[int]:
         """Tokens that each layer removes."""
@@ -257,7 +264,10 @@ class Bench:
         vision.merge_ratio, vision.merge_layers = contestant.merge_ratio, self._layers(contestant.placement)
         vision.merge_method = "elip" if contestant.method == ELIP else "mlip"
         if contestant.method == DEFAULT:
-            vision.merge_importance_weight = named_config(self.flags.config_name).vision_config.merge_importance_weight
+            default = named_config(self.flags.config_name)
+            vision.merge_importance_weight = default.vision_config.merge_importance_weight
+            if self.whole:
+                model.config.token_loss_weight = default.token_loss_weight
         vision.validate()
         return model
 
@@ -384,7 +394,7 @@ def measure_speed(flags: argparse.Namespace) -> list[dict[str, Any]]:
         elif one.method == AUTHORS_ELIP:
             check_tokens(bench, one, output.shape[1])
         if flags.compile:
-            model = torch.compile(model)
+            model = torch.compile(model, mode=flags.compile_mode)
             for _ in range(3):  # compiles, and again where the first call left something that guards look at
                 bench.runner(one, model)()
         runners[one] = bench.runner(one, model)
@@ -615,7 +625,7 @@ def draw_speed(entries: list[dict[str, Any]], target: Path) -> None:
                 linewidth=0.8,
             )
         settings = entry["settings"]
-        details = [settings["precision"], "compiled" if settings["compile"] else "eager"]
+        details = [settings["precision"], describe_compilation(settings)]
         axis.set_title(
             f"{settings['config_name']}, batch {settings['batch_size']}, {settings['task']}\n({', '.join(details)})",
             fontsize=10,
@@ -633,6 +643,12 @@ def draw_speed(entries: list[dict[str, Any]], target: Path) -> None:
     axes[0].plot([], [], color="0.6", linestyle="--", label="clock follows FLOPs")
     figure.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=min(8, 4 * columns // 2), fontsize=9)
     figure.savefig(target, dpi=110, bbox_inches="tight")
+
+
+def describe_compilation(settings: dict[str, Any]) -> str:
+    if not settings["compile"]:
+        return "eager"
+    return "compiled, CUDA graphs" if settings.get("compile_mode") == "reduce-overhead" else "compiled"
 
 
 def processor_name() -> str:
@@ -665,6 +681,7 @@ def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
         "batch_size": flags.batch_size,
         "precision": "bfloat16" if flags.bf16 else "float32",
         "compile": flags.compile,
+        **({"compile_mode": flags.compile_mode} if flags.compile_mode != "default" else {}),
         "merge_ratios": flags.merge_ratios,
         "placements": flags.placements,
         **({"methods": flags.methods} if task != "parts" else {}),
@@ -701,6 +718,12 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="CLIP is always there.")
     parser.add_argument("--caption_padding", choices=("max_length", "longest"), default="max_length")
     parser.add_argument("--compile", action="store_true", help="torch.compile every model.")
+    parser.add_argument(
+        "--compile_mode",
+        choices=("default", "reduce-overhead"),
+        default="default",
+        help="Of torch.compile; reduce-overhead replays CUDA graphs, which need no launch of each operation.",
+    )
     parser.add_argument("--bf16", action="store_true", help="Weights in inference, autocast in training.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)

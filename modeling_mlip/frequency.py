@@ -35,7 +35,10 @@ def log_amplitude(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
         compute_dtype = torch.promote_types(pixel_values.dtype, torch.float32)
         patches = pixel_values.to(compute_dtype).unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, C, H, p, W, p) -> (B, H, W, C, p, p)
-        spectrum = torch.view_as_real(torch.fft.rfft2(patches, norm="ortho"))  # (B, H, W, C, p, p//2+1, 2)
+        grid = patches.shape[:4]
+        # One axis of patches, because torch before 2.14 compiles the FFT of permuted axes with wrong strides.
+        spectrum = torch.view_as_real(torch.fft.rfft2(patches.flatten(0, 3), norm="ortho"))  # (BHWC, p, p//2+1, 2)
+        spectrum = spectrum.unflatten(0, grid)
         real, imaginary = spectrum.unbind(dim=-1)
         amplitude = (real.square() + imaginary.square() + POWER_FLOOR).log() / 2
         return amplitude.flatten(3).flatten(1, 2).to(pixel_values.dtype)
@@ -60,9 +63,12 @@ def apply_spectral_filter(patches: torch.Tensor, spectral_filter: torch.Tensor) 
     # Autocast is off, because FFTs and complex products do not support half precision.
     with no_autocast(patches.device):
         compute_dtype = torch.promote_types(patches.dtype, torch.float32)
-        spectrum = torch.fft.rfft2(patches.to(compute_dtype), dim=(1, 2), norm="ortho")  # (B, H, W//2+1, C)
-        spectrum = spectrum * torch.view_as_complex(spectral_filter.to(compute_dtype).contiguous())
-        filtered = torch.fft.irfft2(spectrum, s=(height, width), dim=(1, 2), norm="ortho")  # (B, H, W, C)
+        grids = patches.to(compute_dtype).permute(0, 3, 1, 2)  # (B, C, H, W)
+        # One axis of grids, for the same reason as in log_amplitude.
+        spectrum = torch.fft.rfft2(grids.flatten(0, 1), norm="ortho").unflatten(0, grids.shape[:2])
+        spectrum = spectrum * torch.view_as_complex(spectral_filter.to(compute_dtype).contiguous()).permute(2, 0, 1)
+        filtered = torch.fft.irfft2(spectrum.flatten(0, 1), s=(height, width), norm="ortho")  # (BC, H, W)
+        filtered = filtered.unflatten(0, grids.shape[:2]).permute(0, 2, 3, 1)
     return filtered.to(patches.dtype)
 
 

@@ -118,7 +118,7 @@ def aligned_image_tokens(tokens: TokenEmbeddings) -> torch.Tensor:
     dtype = torch.promote_types(tokens.image_tokens.dtype, torch.float32)
     image_tokens, text_tokens = tokens.image_tokens.to(dtype), tokens.text_tokens.to(dtype)
     similarity = text_tokens @ image_tokens.transpose(1, 2)  # (R, L, M)
-    lowest, highest = similarity.aminmax(dim=-1, keepdim=True)
+    lowest, highest = similarity.amin(dim=-1, keepdim=True), similarity.amax(dim=-1, keepdim=True)
     epsilon = torch.finfo(torch.float16).eps  # if all similarities are equal, all weights are zero
     scaled = (similarity - lowest) / (highest - lowest).clamp(min=epsilon)
     weights = torch.where(scaled < 1 / similarity.shape[-1], 0.0, scaled) * tokens.image_weights.to(dtype)[:, None]

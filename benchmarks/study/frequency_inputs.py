@@ -12,16 +12,17 @@ spatial and the frequency embedding of an image together, as SLIP does with two 
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from run import RESULTS, describe_processor, steps_of, train_arm, write_record
+from run import RESULTS, describe_gpu, describe_processor, do_runs, run_in_process, steps_of, train_arm
 from study_data import StudyData, read_study_data
 from torch import nn
-from tqdm import tqdm
 
 from modeling_mlip import modeling_mlip
 from modeling_mlip.frequency import POWER_FLOOR, log_amplitude
@@ -74,7 +75,7 @@ def zig_zag(side: int) -> torch.Tensor:
 
 def dct(pixels: torch.Tensor, side: int, num_kept: int | None = None) -> torch.Tensor:
     """Signed DCT coefficients in zig-zag order, compressed: sign(c) log(1 + |c| / 0.1)."""
-    matrix = dct_matrix(side)
+    matrix = dct_matrix(side).to(pixels.device)
     coefficients = (matrix @ patches_of(pixels, side) @ matrix.T).flatten(4)[..., zig_zag(side)[:num_kept]]
     return flatten_patches(coefficients.sign() * (coefficients.abs() / POWER_FLOOR**0.5).log1p())
 
@@ -141,7 +142,7 @@ class Agreement(ObjectivePart):
         return outputs.pairs.image_embeds, outputs.pairs.frequency_embeds
 
     def forward(self, model, rows, columns):
-        targets = torch.eye(len(rows[0]))
+        targets = torch.eye(len(rows[0]), device=rows[0].device)
         losses = [
             info_nce(temperature(model.logit_scale) * this @ other.t(), targets)
             for this, other in ((rows[0], columns[1]), (rows[1], columns[0]))
@@ -160,7 +161,7 @@ def wide_stage(width: int) -> type[modeling_mlip.MLIPFrequencyStage]:
     return WideStage
 
 
-def train_variant(data: StudyData, variant: str, seed: int, steps: int) -> dict[str, Any]:
+def train_variant(data: StudyData, variant: str, seed: int, steps: int, device: str = "cpu") -> dict[str, Any]:
     """Train and evaluate one variant; return its entry of the result file."""
     arm = "MLIP but frequency" if variant == "no stage" else "MLIP"
     features = INPUTS.get(variant, log_amplitude)
@@ -172,7 +173,7 @@ def train_variant(data: StudyData, variant: str, seed: int, steps: int) -> dict[
         mock.patch.object(modeling_mlip, "MLIPFrequencyStage", wide_stage(width)),
         mock.patch("run.ARMS_AT_ALL_RATIOS", ()),
     ):
-        run = train_arm(data, arm, seed, steps, bf16=False, objective=objective)
+        run = train_arm(data, arm, seed, steps, bf16=False, device=device, objective=objective)
     return {"variant": variant, "width": width, **run}
 
 
@@ -180,7 +181,8 @@ def variants_table(record: dict[str, Any], metric: str) -> list[dict[str, Any]]:
     """The metric of each run at several weights of the frequency embedding."""
     return [
         {
-            **{"": run["variant"], "seed": run["seed"], "steps": run["steps"], "CPU seconds": run["cpu_seconds"]},
+            **{"": run["variant"], "seed": run["seed"], "steps": run["steps"]},
+            **({"CPU seconds": run["cpu_seconds"]} if "cpu_seconds" in run else {}),
             metric.replace("_", " "): run[metric],
             **{f"weight {w}": values[metric] for w, values in run.get("at_embed_weight", {}).items()},
         }
@@ -196,30 +198,38 @@ def parse_variant_flags(arguments: list[str] | None = None) -> argparse.Namespac
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="Of every variant.")
+    parser.add_argument("--parallel", type=int, default=max(os.cpu_count() or 1, 1), help="Number of runs at a time.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--run", nargs=3, metavar=("VARIANT", "SEED", "STEPS"), help="Do one run and print it as JSON.")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="Folder of the result file.")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     flags = parse_variant_flags(arguments)
     try:
         data = read_study_data(flags.data, flags.train_file, flags.validation_file)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+    if flags.run:
+        variant, seed, steps = flags.run
+        print(json.dumps(train_variant(data, variant, int(seed), int(steps), flags.device)))
+        return
     study = RESULTS / f"{data.name}.json"
     if flags.steps is None and not study.is_file():
         raise SystemExit(f"error: {study} does not exist; give --steps, or run the study on {data.name} first.")
     steps = flags.steps or steps_of(json.loads(study.read_text()), "MLIP", "compute")
     path = flags.output_dir / "frequency_inputs" / f"{data.name}.json"
-    new_record = {"machine": describe_processor(), "data": data.record(), "runs": []}
+    machine = describe_processor() if flags.device == "cpu" else describe_gpu()
+    new_record = {"machine": machine, "data": data.record(), "runs": []}
     record = json.loads(path.read_text()) if path.exists() else new_record
     if record["data"] != data.record():
         raise SystemExit(f"{path} holds runs with other settings; move it to another folder to start again.")
     finished = {(run["variant"], run["seed"], run["steps"]) for run in record["runs"]}
     runs = [(variant, seed, steps) for seed in flags.seeds for variant in flags.variants]
-    for run in tqdm([run for run in runs if run not in finished], desc="runs"):
-        record["runs"].append(train_variant(data, *run))
-        write_record(path, record)
+    runs = [run for run in runs if run not in finished]
+    do_runs(run_in_process(__file__, arguments), runs, flags.parallel, record, path)
     print(format_table(variants_table(record, data.metric)))
 
 

@@ -114,9 +114,9 @@ def attention_on(device: str) -> str:
     return "eager" if device == "cpu" else "sdpa"
 
 
-def prepare_threads(device: str) -> None:
-    """One thread for a run on a CPU; the images of a run on a GPU are augmented by all cores."""
-    torch.set_num_threads(1 if device == "cpu" else os.cpu_count() or 1)
+def prepare_threads() -> None:
+    """One thread: as many runs as cores go on beside each other."""
+    torch.set_num_threads(1)
 
 
 def read_device_clock(device: str) -> float:
@@ -143,7 +143,7 @@ def train_arm(
         num_evaluations: number of evaluations during training, evenly spaced; "curve" holds their metrics.
         objective: losses of the run; `None` gives those of the model.
     """
-    prepare_threads(device)
+    prepare_threads()
     set_seed(seed)
     loaded = load_study_data(data)
     images, captions = loaded["train"]
@@ -162,7 +162,7 @@ def train_arm(
         trainer = MLIPTrainer(
             model,
             training_arguments(data, arm, seed, steps, bf16, folder, device),
-            train_dataset=InMemoryPairs(images, captions, data),
+            train_dataset=InMemoryPairs(images.to(device), captions, data),
             processing_class=CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer),
             callbacks=[curve],
             objective=objective,
@@ -217,6 +217,7 @@ def training_arguments(
         seed=seed,
         bf16=bf16,
         use_cpu=device == "cpu",
+        dataloader_pin_memory=False,  # the images are on the device
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -322,7 +323,7 @@ def calibrate(
         "step_seconds": CPU seconds, the median over rounds, in each of which all arms take one step.
         "step_gflops": matrix products, convolutions and attention of the forward and the backward pass.
     """
-    prepare_threads(device)
+    prepare_threads()
     set_seed(0)
     images, captions = load_study_data(data)["train"]
     tokenizer = train_tokenizer(flatten(captions), max_seq_length=longest_caption(data))
@@ -360,6 +361,32 @@ def calibrate(
     return {
         "step_seconds": {arm: statistics.mean(values) for arm, values in medians.items()},
         "step_gflops": {arm: round(statistics.mean(values), 3) for arm, values in gflops.items()},
+    }
+
+
+def read_costs(path: Path, data: StudyData, arms: list[str]) -> dict[str, Any]:
+    """The costs of a training step that another result file holds, the mean over all its calibrations.
+
+    Returns:
+        "step_seconds" and "step_gflops", and "costs_of": the machine of that file and its calibrations.
+
+    Raises:
+        ValueError: if the file holds another data set, or no costs of an arm.
+    """
+    record = json.loads(path.read_text())
+    if record["data"] != data.record():
+        raise ValueError(f"--costs_of {path}: its runs have other settings than --data {data.name}; choose its file.")
+    if missing := [arm for arm in arms if arm not in record["step_seconds"]]:
+        raise ValueError(f"--costs_of {path} has no step time of {', '.join(missing)}; calibrate them there first.")
+    calibrations = [record["step_seconds"], *record.get("repeated_step_seconds", [])]
+    shares = {
+        arm: statistics.mean(each[arm] / each["CLIP"] for each in calibrations if arm in each)
+        for arm in record["step_seconds"]
+    }
+    return {
+        "costs_of": {"machine": record["machine"], "calibrations": calibrations},
+        "step_seconds": {arm: share * record["step_seconds"]["CLIP"] for arm, share in shares.items()},
+        "step_gflops": record["step_gflops"],
     }
 
 
@@ -432,6 +459,12 @@ def parse_study_flags(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Measure the step times of the arms once more and add them to the result file, without a run.",
     )
+    parser.add_argument(
+        "--costs_of",
+        type=Path,
+        help="A result file whose step times give the steps of each arm, instead of a calibration on this machine. "
+        "Then a GPU trains as many steps as a CPU does at equal compute.",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: times are by the clock.")
     parser.add_argument("--seconds_per_run", type=float, help="Of CLIP, instead of the steps of the data set.")
     parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="Train in float32.")
@@ -447,7 +480,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"error: --evaluations {flags.evaluations}: choose 0 or more.")
     try:
         data = read_study_data(flags.data, flags.train_file, flags.validation_file)
-    except ValueError as error:
+        costs = read_costs(flags.costs_of, data, flags.arms) if flags.costs_of else {}
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     if flags.run:
         arm, seed, steps = flags.run
@@ -458,12 +492,15 @@ def main(arguments: list[str] | None = None) -> None:
     record = start_record(path, data, flags.bf16, flags.device)
     if flags.seconds_per_run is not None:
         record["seconds_per_run"] = flags.seconds_per_run
+    machine = {"machine": describe_processor() if flags.device == "cpu" else describe_gpu(), "bf16": flags.bf16}
+    if costs:
+        record = {**machine, **record, **costs}
+        write_record(path, record)
     uncalibrated = [arm for arm in flags.arms if arm not in record.get("step_seconds", {})]
     if uncalibrated:
         arms = list(dict.fromkeys(["CLIP", *uncalibrated]))
         add_costs(record, calibrate(data, arms, flags.calibration_rounds, flags.bf16, flags.device))
-        machine = describe_processor() if flags.device == "cpu" else describe_gpu()
-        record = {"machine": machine, "bf16": flags.bf16, **record}
+        record = {**machine, **record}
         write_record(path, record)
     if flags.calibrate_again:
         arms = list(dict.fromkeys(["CLIP", *flags.arms]))
@@ -471,17 +508,21 @@ def main(arguments: list[str] | None = None) -> None:
         record.setdefault("repeated_step_seconds", []).append(costs["step_seconds"])
         write_record(path, record)
         return
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if flags.device == "cpu" else {}
-    environment = {**os.environ, **one_thread, "TQDM_DISABLE": "1"}
+    do_runs(run_in_process(__file__, arguments), missing_runs(record, flags), flags.parallel, record, path)
 
-    def start_run(run: tuple[str, int, int]) -> dict[str, Any]:
-        command = [sys.executable, __file__, *arguments, "--run", *map(str, run)]
+
+def run_in_process(program: str, arguments: list[str]) -> Callable[[tuple], dict[str, Any]]:
+    """A function that does one run in a process of one thread: `program` with `arguments` and `--run`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+    def start_run(run: tuple) -> dict[str, Any]:
+        command = [sys.executable, program, *arguments, "--run", *map(str, run)]
         finished = subprocess.run(command, env=environment, capture_output=True, text=True)
         if finished.returncode:
             raise RuntimeError(f"{run} failed:\n{finished.stderr[-3000:]}")
         return json.loads(finished.stdout.splitlines()[-1])
 
-    do_runs(start_run, missing_runs(record, flags), flags.parallel, record, path)
+    return start_run
 
 
 def start_record(path: Path, data: StudyData, bf16: bool, device: str = "cpu") -> dict[str, Any]:

@@ -183,7 +183,7 @@ class InMemoryPairs(torch.utils.data.Dataset):
     """Decoded pairs for training. A batch is augmented as a whole; each image takes one random caption.
 
     Args:
-        images: uint8 `(N, 3, S, S)`.
+        images: uint8 `(N, 3, S, S)`; they are augmented on their device.
         captions: N lists of captions.
     """
 
@@ -213,15 +213,16 @@ def augment(
     """Shift, scale and recolour each image by its own random amounts; new pixels at the border are white.
 
     Args:
-        images: `(B, 3, S, S)` with values from 0 to 1.
+        images: `(B, 3, S, S)` with values from 0 to 1. Random numbers are drawn on the CPU, for the same ones on every
+            device.
         shift: largest shift as a fraction of the image side.
         scale: largest relative change of the size.
         colour: largest relative change of brightness and of contrast.
     """
     B = len(images)
-    zoom, x, y, brightness, contrast = 2 * torch.rand(5, B, generator=generator) - 1
+    zoom, x, y, brightness, contrast = (2 * torch.rand(5, B, generator=generator) - 1).to(images.device)
     if shift or scale:
-        theta = torch.zeros(B, 2, 3)
+        theta = torch.zeros(B, 2, 3, device=images.device)
         theta[:, 0, 0] = theta[:, 1, 1] = 1 + scale * zoom
         theta[:, :, 2] = 2 * shift * torch.stack([x, y], dim=1)
         grid = torch.nn.functional.affine_grid(theta, list(images.shape), align_corners=False)

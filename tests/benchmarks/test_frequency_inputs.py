@@ -62,19 +62,27 @@ def test_every_input_is_finite_and_one_row_for_each_patch(pixels, name):
     assert INPUTS[name](torch.zeros(1, 3, 32, 16), 8).isfinite().all()
 
 
-def test_variants_are_trained_and_written_once(pixels, tmp_path, monkeypatch):
+def test_variants_are_trained_in_processes_and_written_once(tmp_path, monkeypatch, capsys):
     trained = []
 
-    def train_arm(data, arm, seed, steps, bf16, objective):
+    def train_arm(data, arm, seed, steps, bf16, device, objective):
         stage = frequency_inputs.modeling_mlip.MLIPFrequencyStage
         width = stage(frequency_inputs.named_config("nano").vision_config).input_projection.in_features
         trained.append((arm, steps, width, objective is not None))
         return {"arm": arm, "seed": seed, "steps": steps, "cpu_seconds": 1.0, "mean_recall": 5.0}
 
+    def run_in_process(program, arguments):
+        def start_run(run):
+            frequency_inputs.main([*arguments, "--run", *map(str, run)])
+            return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+        return start_run
+
     monkeypatch.setattr(frequency_inputs, "train_arm", train_arm)
+    monkeypatch.setattr(frequency_inputs, "run_in_process", run_in_process)
     flags = ["--steps", "7", "--output_dir", str(tmp_path), "--variants", "pixels", "agreement", "no stage"]
     for _ in range(2):
-        frequency_inputs.main(flags)
+        frequency_inputs.main([*flags, "--parallel", "1"])
     amplitudes = 3 * 8 * 5
     assert trained == [
         *[("MLIP", 7, 3 * 64, False), ("MLIP", 7, amplitudes, True), ("MLIP but frequency", 7, amplitudes, False)]

@@ -31,13 +31,13 @@ def load_program(path: str) -> ModuleType:
 
 def run_tests_in_a_fork(arguments: list[str], environment: dict[str, str], log: Path) -> int:
     """Run `python -m pytest ...` in the folder of the project; returns its exit status."""
-    assert arguments[:2] == ["-m", "pytest"]
+    assert arguments[:3] == ["-P", "-m", "pytest"]  # -P: the folder of the project is no package path
 
     def run_tests() -> int:
         os.chdir(BENCHMARKS.parent)
         os.environ |= environment
         sys.modules.pop("test_gpu", None)
-        return pytest.main(arguments[2:])
+        return pytest.main(arguments[3:])
 
     return run_in_fork(run_tests, log)
 
@@ -135,11 +135,13 @@ def test_results_of_tests_are_read_from_an_output_that_was_cut_short():
     lines = [
         "tests/model/test_gpu.py::test_x[a-bf16] PASSED [ 5%]",
         "tests/model/test_gpu.py::test_y FAILED [ 9%]",
+        "tests/model/test_gpu.py::test_z[bf16]",  # what several processes print when a test begins
+        "[gw3] [ 12%] PASSED tests/model/test_gpu.py::test_z[bf16] ",
         "t",
     ]
     assert gpu.read_test_results(lines) == {
-        "counts": {"failed": 1, "passed": 1},
-        "tests": {"test_x[a-bf16]": "passed", "test_y": "failed"},
+        "counts": {"failed": 1, "passed": 2},
+        "tests": {"test_x[a-bf16]": "passed", "test_y": "failed", "test_z[bf16]": "passed"},
     }
 
 

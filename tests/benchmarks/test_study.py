@@ -247,6 +247,39 @@ def test_a_calibration_is_repeated_without_a_change_to_the_steps(described, tmp_
     assert repeated == record
 
 
+def test_the_costs_of_another_machine_give_the_steps(described, tmp_path):
+    data, arms = read_study_data(str(described)), ["CLIP", "MLIP"]
+    costs = {
+        "machine": "a processor",
+        "step_seconds": {"CLIP": 2.0, "MLIP": 0.8},
+        "step_gflops": {"CLIP": 9, "MLIP": 3},
+        "repeated_step_seconds": [{"CLIP": 1.0, "MLIP": 0.6}],
+    }
+    other = tmp_path / "costs.json"
+    other.write_text(json.dumps({"data": data.record(), **costs}))
+    flags = ["--data", str(described), "--output_dir", str(tmp_path / "results"), "--no_bf16", "--seeds", "0"]
+    flags += ["--equal", "compute", "--costs_of", str(other)]
+    trained = []
+
+    def start_run(run: tuple) -> dict:
+        trained.append(run)
+        return {"arm": run[0], "seed": run[1], "steps": run[2]}
+
+    with mock.patch("run.calibrate") as calibrated, mock.patch("run.run_in_process", return_value=start_run):
+        main([*flags, "--arms", *arms, "--parallel", "1"])
+        with pytest.raises(SystemExit, match="costs.json has no step time of FLIP"):
+            main([*flags, "--arms", "FLIP"])
+        other.write_text(json.dumps({"data": {**data.record(), "batch": 1}, **costs}))
+        with pytest.raises(SystemExit, match="its runs have other settings than --data balls"):
+            main([*flags, "--arms", "CLIP"])
+    assert not calibrated.called
+    assert trained == [("CLIP", 0, data.steps), ("MLIP", 0, round(2 * data.steps))]  # the mean of 0.4 and 0.6
+    written = json.loads((tmp_path / "results" / "balls.json").read_text())
+    assert written["step_seconds"] == {"CLIP": 2.0, "MLIP": 1.0}
+    assert written["costs_of"]["machine"] == "a processor" and len(written["costs_of"]["calibrations"]) == 2
+    assert written["machine"] != "a processor" and written["bf16"] is False
+
+
 def test_a_negative_number_of_evaluations_is_refused():
     with pytest.raises(SystemExit, match="--evaluations -1: choose 0 or more"):
         main(["--data", "shapes", "--evaluations", "-1"])
