@@ -394,8 +394,8 @@ class MLIPVisionAttention(CLIPAttention):
         Returns:
             The output `(B, S, D)`, the attention weights `(B, h, S, S)` or `None` if the backend does not return them,
             and the guide or `None`. The guide holds the keys before rotation `(B, M, d)`, averaged over heads, and the
-            attention that each patch token receives from `guide_states` `(B, M)`, averaged over heads and queries, or
-            `None` if the merging does not use it. It is computed in float32 outside the attention backend, so that
+            attention that each patch token receives from `guide_states` `(B, M)`, averaged over heads and queries;
+            each is `None` if the merging does not use it. It is computed in float32 outside the attention backend, so that
             every backend merges the same tokens.
         """
         B, S, _ = hidden_states.shape
@@ -430,9 +430,10 @@ class MLIPVisionAttention(CLIPAttention):
         keys: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        num_prefix = self.config.num_prefix_tokens
-        _, patch_keys = split_prefix(content_keys.float().mean(dim=1), num_prefix)
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        num_prefix, patch_keys = self.config.num_prefix_tokens, None
+        if self.config.merge_method in ("mlip", "tome"):
+            _, patch_keys = split_prefix(content_keys.mean(dim=1, dtype=torch.float32), num_prefix)
         if self.config.merge_method != "elip" and not uses_importance(self.config):
             return patch_keys, None
         queries = self.q_proj(guide_states.detach()).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
@@ -566,7 +567,7 @@ class MLIPVisionLayer(CLIPEncoderLayer):
     def _match(
         self,
         patches: torch.Tensor,
-        guide: tuple[torch.Tensor, torch.Tensor | None],
+        guide: tuple[torch.Tensor | None, torch.Tensor | None],
         frequency_states: torch.Tensor | None,
         frequency_importance: torch.Tensor | None,
         sizes: torch.Tensor,
@@ -1597,16 +1598,17 @@ class MLIPModel(MLIPPreTrainedModel):
         pairs, losses = None, {}
         if return_loss or return_pairs:
             caption_mask = self.caption_mask_of(input_ids, attention_mask)
+            tokens = None
+            if self.token_visual_projection is not None:
+                tokens = self.token_embeddings(vision_outputs, text_outputs, input_ids, caption_mask)
             pairs = PairEmbeddings(
                 image_embeds=spatial_embeds,
                 text_embeds=text_embeds,
                 caption_keys=caption_keys(input_ids, caption_mask),
                 image_keys=image_ids,
                 frequency_embeds=frequency_embeds,
+                tokens=tokens,
             )
-            if self.token_visual_projection is not None:
-                tokens = self.token_embeddings(vision_outputs, text_outputs, input_ids, caption_mask)
-                pairs = pairs._replace(tokens=tokens)
         if return_loss:
             losses = self.compute_losses(pairs)
         return MLIPOutput(

@@ -110,20 +110,27 @@ def match_tokens_by_cost(
     Returns:
         The assignment `(B, N)`, as `match_tokens` returns it.
     """
-    N = features.shape[1]
+    return _match_by_products(features @ features.transpose(1, 2), sizes, num_removed, num_rounds)
+
+
+def _match_by_products(products: torch.Tensor, sizes: torch.Tensor, num_removed: int, num_rounds: int) -> torch.Tensor:
+    """Rounds of `match_tokens_by_cost` from the dot products of all tokens `(B, N, N)`.
+
+    The products of merged tokens are means of products, so that no round needs the features.
+    """
+    N = products.shape[1]
     kept = ((N - num_removed) / N) ** (1 / num_rounds)  # fraction per round
     num_removed_now = min(max(N - round(N * kept), 1), num_removed, N // 2)
-    squares = features.square().sum(dim=-1)
-    products = features[:, 1::2] @ features[:, 0::2].transpose(1, 2)  # (B, N//2, N - N//2)
-    distances = (squares[:, 1::2, None] + squares[:, None, 0::2] - 2 * products).clamp(min=0)
+    squares = products.diagonal(dim1=1, dim2=2)
+    distances = (squares[:, 1::2, None] + squares[:, None, 0::2] - 2 * products[:, 1::2, 0::2]).clamp(min=0)
     best, partner = (-distances / (1 / sizes[:, 1::2, None] + 1 / sizes[:, None, 0::2])).max(dim=-1)  # (B, N//2) each
     assignment = _assign_best(best, partner, num_removed_now, N)
     if num_removed_now == num_removed:
         return assignment
     num_left = N - num_removed_now
     matrix, sizes = merge_matrix(assignment, sizes, num_left)
-    features = merge_tokens(features, matrix)
-    rest = match_tokens_by_cost(features, sizes, num_removed - num_removed_now, max(num_rounds - 1, 1))
+    products = matrix @ products @ matrix.transpose(1, 2)  # (B, M, M)
+    rest = _match_by_products(products, sizes, num_removed - num_removed_now, max(num_rounds - 1, 1))
     return compose(assignment, rest)
 
 
