@@ -246,12 +246,16 @@ def run_with_limit(command: Command, seconds: float, environment: dict[str, str]
 
 
 def run_stages(flags: argparse.Namespace) -> dict[str, Any]:
-    """Run the stages of `flags` in order and write `run.json` after each command; returns its content."""
+    """Run the stages of `flags` in order and write `run.json` after each command; returns its content.
+
+    Commands of other stages that `run.json` holds from the same machine are kept.
+    """
     flags.output_dir.mkdir(parents=True, exist_ok=True)
     (flags.output_dir / "logs").mkdir(exist_ok=True)
     environment = package_environment(ROOT / "build" / "gpu" / "package")
     environment["MLIP_GPU_TESTS_DEVICE"] = flags.device
-    record: dict[str, Any] = {"machine": describe_gpu_machine(flags.device), "minutes": flags.minutes, "commands": []}
+    record: dict[str, Any] = {"machine": describe_gpu_machine(flags.device), "minutes": flags.minutes}
+    record["commands"] = kept_commands(flags.output_dir / "run.json", record["machine"], flags.stages)
     write_json(flags.output_dir / "run.json", record)
     end = time.monotonic() + 60 * flags.minutes
     for number, stage in enumerate(flags.stages):
@@ -267,6 +271,13 @@ def run_stages(flags: argparse.Namespace) -> dict[str, Any]:
             record["commands"].append(run_one(stage, command, seconds, environment, flags.output_dir))
             write_json(flags.output_dir / "run.json", record)
     return record
+
+
+def kept_commands(path: Path, machine: dict[str, Any], stages: list[str]) -> list[dict[str, Any]]:
+    """The entries of a `run.json` of the same machine, without those of `stages`."""
+    earlier = json.loads(path.read_text()) if path.exists() else {"machine": {}, "commands": []}
+    is_same = all(earlier["machine"].get(name) == machine[name] for name in ("device", "gpu", "packages"))
+    return [entry for entry in earlier["commands"] if is_same and entry["stage"] not in stages]
 
 
 def run_one(

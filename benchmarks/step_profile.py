@@ -9,6 +9,8 @@
 - Phases: seconds of forward pass, losses, backward pass and optimizer, the device waited for after each.
 - Operations: those with the largest time on the device by torch's profiler, which also gives the share of the step's
   time in which the device computes. A small share says that the launch of operations limits the speed.
+- Towers: seconds of a forward pass in inference, in which the device computes, and the number of operations, for some
+  ways of merging.
 - Attention: seconds without the sizes of merged tokens, with log(size) as a bias, and with it in one more channel.
 """
 
@@ -30,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, CLIPModel
 
-from modeling_mlip import MLIPConfig, MLIPModel
+from modeling_mlip import MLIPConfig, MLIPModel, MLIPVisionModel
 from modeling_mlip.hub.configurations import named_config, override_config
 from modeling_mlip.hub.formatting import format_table
 from modeling_mlip.modeling_mlip import add_size_channel, log_size_bias
@@ -49,6 +51,18 @@ READING_OPERATIONS = (
     "aten::equal",
 )
 ALL_PARTS = {"merge_ratio": 0.5, "merge_layers": [0, 1, 2], "token_loss_weight": 0.1, "merge_importance_weight": 0.1}
+WITHOUT_STAGE = {"frequency_layers": 0, "frequency_loss_weight": 0}
+EARLY = {"merge_ratio": 0.5, "merge_layers": [0, 1, 2]}
+TOWERS: dict[str, dict[str, Any]] = {
+    "no frequency stage, no merging": WITHOUT_STAGE,
+    "no merging": {},
+    "no frequency stage, 0.5 in layers 0 to 2": {**WITHOUT_STAGE, **EARLY},
+    "0.5 in layers 0 to 2": EARLY,
+    "no frequency stage, ward at 0.5 in three stages": {**WITHOUT_STAGE, "merge_ratio": 0.5, "merge_method": "ward"},
+}
+# Operations that compute nothing.
+VIEWS = {"view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "detach", "alias"}
+VIEWS |= {"unbind", "split", "as_strided", "view_as_real", "view_as_complex", "unfold", "empty", "split_with_sizes"}
 CAPTION_TOKENS = 20
 NUM_OPERATIONS = 20
 
@@ -222,6 +236,49 @@ def time_attention(forms: dict[str, Callable], repetitions: int, device: str) ->
     return rows
 
 
+# Towers
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts the operations that compute something."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function._schema.name.split("::")[-1].strip("_") not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def measure_towers(config_name: str, batch_size: int, device: str, repetitions: int) -> list[dict[str, Any]]:
+    """A row for each entry of `TOWERS`: seconds of a forward pass, seconds in which the device computes, operations."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    rows = []
+    for name, overrides in TOWERS.items():
+        config = override_config(named_config(config_name), overrides).vision_config
+        with torch.device(device):
+            tower = MLIPVisionModel(config).to(dtype).eval()
+            pixels = torch.randn(batch_size, 3, config.image_size, config.image_size, dtype=dtype)
+        tower(pixels)  # warm-up
+        with CountedOperations() as operations:
+            tower(pixels)
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(repetitions):
+            tower(pixels)
+        synchronise(device)
+        seconds = (time.perf_counter() - start) / repetitions
+        with profile(activities=activities) as profiler:
+            tower(pixels)
+            synchronise(device)
+        kernels = [each for each in profiler.key_averages() if each.device_type == DeviceType.CUDA]
+        on_device = sum(each.self_device_time_total for each in kernels) / 1e6 if device == "cuda" else None
+        row = {"tower": name, "seconds": seconds, "device_seconds": on_device, "operations": operations.number}
+        rows.append({"batch_size": batch_size, **row})
+    return rows
+
+
 # All of it
 
 
@@ -275,8 +332,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("phase_seconds", time_phases(phases, repetitions, flags.device))
     add("profile", profile_operations(phases, flags.device))
     forms = attention_forms(config, flags.batch_size, flags.device)
+    add("towers", measure_towers(flags.config_name, flags.batch_size, flags.device, repetitions))
     add("attention", time_attention(forms, repetitions, flags.device))
     print(format_table(record["synchronisations"]))
+    print(format_table(record["towers"]))
     print(format_table(record["attention"]))
     print(format_table(record["profile"]["operations"]))
     print(f"written to {flags.output}")

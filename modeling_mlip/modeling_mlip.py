@@ -395,8 +395,8 @@ class MLIPVisionAttention(CLIPAttention):
             The output `(B, S, D)`, the attention weights `(B, h, S, S)` or `None` if the backend does not return them,
             and the guide or `None`. The guide holds the keys before rotation `(B, M, d)`, averaged over heads, and the
             attention that each patch token receives from `guide_states` `(B, M)`, averaged over heads and queries;
-            each is `None` if the merging does not use it. It is computed in float32 outside the attention backend, so that
-            every backend merges the same tokens.
+            each is `None` if the merging does not use it. It is computed in float32 outside the attention backend, so
+            that every backend merges the same tokens.
         """
         B, S, _ = hidden_states.shape
         heads = (B, S, self.num_heads, self.head_dim)

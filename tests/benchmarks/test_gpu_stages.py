@@ -76,6 +76,8 @@ def test_a_dry_run_writes_the_results_of_every_stage(tmp_path, monkeypatch, reco
     passes = {row["pass"]: row["synchronisations"] for row in profile["synchronisations"]}
     assert passes["vision tower"] == passes["both towers, no attention mask"] == 0
     assert passes["both towers"] == passes["CLIP, both towers"]  # transformers reads the attention mask
+    operations = {row["tower"]: row["operations"] for row in profile["towers"]}
+    assert operations["no frequency stage, no merging"] < operations["no merging"] < operations["0.5 in layers 0 to 2"]
     assert list(profile["phase_seconds"]) == ["forward", "losses", "backward", "optimizer"]
     assert sum(row["share"] for row in profile["profile"]["operations"]) <= 1.001
     assert json.loads((tmp_path / "parts.json").read_text())[0]["settings"]["task"] == "parts"
@@ -143,6 +145,16 @@ def test_results_of_tests_are_read_from_an_output_that_was_cut_short():
         "counts": {"failed": 1, "passed": 2},
         "tests": {"test_x[a-bf16]": "passed", "test_y": "failed", "test_z[bf16]": "passed"},
     }
+
+
+def test_stages_that_run_later_complete_the_record_of_one_machine(tmp_path):
+    machine = {"device": "cuda", "gpu": "a GPU", "packages": {"torch": "2.11.0"}, "date": "today"}
+    entries = [{"stage": "a", "name": "tests"}, {"stage": "b", "name": "speed"}]
+    path = tmp_path / "run.json"
+    assert gpu.kept_commands(path, machine, ["a"]) == []
+    path.write_text(json.dumps({"machine": {**machine, "date": "yesterday"}, "commands": entries}))
+    assert gpu.kept_commands(path, machine, ["b", "c"]) == entries[:1]
+    assert gpu.kept_commands(path, {**machine, "gpu": "another"}, ["b"]) == []
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 37, 100, 1000])
