@@ -95,6 +95,11 @@ def weight_table(record: dict[str, Any], metric: str) -> list[dict[str, Any]]:
     return rows
 
 
+def device_suffix(record: dict[str, Any]) -> str:
+    """What distinguishes the figure of a GPU's runs from that of a CPU's."""
+    return "_gpu" if record.get("device") == "cuda" else ""
+
+
 def draw_study(record: dict[str, Any], data: StudyData, folder: Path) -> Path | None:
     """Draw every run at equal compute on the left, and the metric over the merge ratio on the right. `None` if there
     are none."""
@@ -102,9 +107,11 @@ def draw_study(record: dict[str, Any], data: StudyData, folder: Path) -> Path | 
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=[1.4, 1], layout="constrained")
     draw_arms(left, runs_of, data)
+    if "costs_of" in record:
+        left.set_title(f"{data.name}: equal training compute of a CPU, trained on a GPU")
     draw_ratios(right, runs_at_ratios(record), data)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"study_{data.name}.png"
+    path = folder / f"study_{data.name}{device_suffix(record)}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -140,7 +147,7 @@ def draw_curves(record: dict[str, Any], data: StudyData, folder: Path) -> Path |
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"study_{data.name}_curves.png"
+    path = folder / f"study_{data.name}{device_suffix(record)}_curves.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -161,6 +168,9 @@ def draw_ratios(axes: Axes, runs_of: dict[str, list[dict[str, Any]]], data: Stud
 
 def print_study(record: dict[str, Any], data: StudyData) -> None:
     print(f"# {data.name}: {record['machine']}\n")
+    if "costs_of" in record:
+        print(f"Steps at equal compute: mean of {len(record['costs_of']['calibrations'])} calibrations on "
+              f"{record['costs_of']['machine']}\n")  # fmt: skip
     titles = {
         **{"compute": "Equal compute", "steps": "Equal steps"},
         **{"short": "60 % of CLIP's compute", "long": "Five times CLIP's compute"},
@@ -181,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="Folder of the result files.")
     parser.add_argument("--output_dir", type=Path, default=IMAGES, help="Folder for the figures.")
     flags = parser.parse_args(arguments)
-    for path in sorted(flags.results.glob("*.json")):
+    for path in sorted([*flags.results.glob("*.json"), *flags.results.glob("gpu/*.json")]):
         record = json.loads(path.read_text())
         data = read_study_data(path.stem)
         print_study(record, data)
