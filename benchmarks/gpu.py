@@ -34,7 +34,7 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 RESULTS, DRY_RUN = FOLDER / "results" / "gpu", ROOT / "runs" / "gpu-dry-run"
 # Share of each stage in the whole time, relative to the other stages.
-STAGE_SHARES = {"a": 1.5, "b": 3.5, "c": 1.0, "d": 2.0}
+STAGE_SHARES = {"a": 1.5, "b": 4.5, "c": 0.7, "d": 2.0}  # on an H200: 106 s for a, 45 s for c
 TEST_FILE = "tests/model/test_gpu.py"
 ROOMS = ("hub", "data", "evaluation", "training", "conversion", "search")  # folders that are sub-packages
 PACKAGES = ("torch", "transformers", "accelerate", "open_clip_torch", "timm", "triton", "flash_attn")
@@ -132,7 +132,7 @@ def speed_commands(flags: argparse.Namespace) -> list[Command]:
     """Stage b, the most important measurements first."""
     speed, output = str(FOLDER / "speed.py"), ["--output", str(flags.output_dir / "speed.json")]
     output += ["--device", flags.device, *precision_flags(flags.device)]
-    methods = ["CLIP (open_clip)", "MLIP, no frequency stage", "MLIP", "ToMe (timm)"]
+    methods = ["CLIP (open_clip)", "MLIP, no frequency stage", "MLIP", "MLIP, default weights", "ToMe (timm)"]
     rounds = ["--rounds", "5", "--turn_seconds", "0.05"]
     base, large, batches, ratios = "vit-b-16", "vit-l-14", ["64", "256"], ["0.3", "0.5", "0.7"]
     if flags.quick:
@@ -145,13 +145,24 @@ def speed_commands(flags: argparse.Namespace) -> list[Command]:
     towers += ["--placements", *placements]
     training = [speed, "--training", "--config_name", base, "--batch_size", *batches, *half, *placements]
     large_towers = [speed, "--config_name", large, "--batch_size", *batches, *half, *placements]
-    compiled = [speed, "--compile", "--config_name", base, "--batch_size", batches[0], *half, "early"]
+    compiled = [
+        speed,
+        "--compile",
+        "--compile_mode",
+        "reduce-overhead",
+        "--config_name",
+        base,
+        "--batch_size",
+        batches[0],
+        *half,
+        "early",
+    ]
     batch_flags = ["--device", flags.device, "--output", str(flags.output_dir / "largest_batch.json")]
     batch_flags += ["--config_name", "tiny", "--most_pairs", "2"] if flags.quick else []
     commands = [
         Command("speed of B/16", [*towers, *shared], 3),
-        Command("training step of B/16", [*training, *shared, "--methods", *methods], 2),
-        Command("largest batch", [str(FOLDER / "largest_batch.py"), *batch_flags], 1.5),
+        Command("training step of B/16", [*training, *shared, "--methods", *methods], 3),
+        Command("largest batch", [str(FOLDER / "largest_batch.py"), *batch_flags], 2.5),
     ]
     if flags.quick:  # the commands below differ from the first one in these flags only
         return commands
@@ -160,7 +171,7 @@ def speed_commands(flags: argparse.Namespace) -> list[Command]:
         Command("speed of L/14", [*large_towers, *shared, "--methods", *methods], 2),
         Command(
             "speed of compiled B/16",
-            [*compiled, *shared, "--methods", "MLIP"],
+            [*compiled, *shared, "--methods", "MLIP", "MLIP, default weights"],
             2.5,
             LEAST_SECONDS_TO_COMPILE["inference"],
         ),
@@ -196,15 +207,20 @@ def part_commands(flags: argparse.Namespace) -> list[Command]:
     ]
 
 
+def has_study_data(flags: argparse.Namespace) -> bool:
+    """Whether stage d can run; says so if not."""
+    if flags.train_file and flags.validation_file:
+        return True
+    print("Stage d is skipped: give --train_file and --validation_file, pairs to train on and to evaluate on.")
+    return False
+
+
 def study_commands(flags: argparse.Namespace, seconds: float) -> list[Command]:
-    """Stage d: three arms, three seeds at a time; empty without data.
+    """Stage d: three arms, three seeds at a time.
 
     Args:
         seconds: time limit of the stage. The runs train for what is left after imports, reading and calibration.
     """
-    if not (flags.train_file and flags.validation_file):
-        print("Stage d is skipped: give --train_file and --validation_file, pairs to train on and to evaluate on.")
-        return []
     arms, seeds = ["CLIP", "MLIP", "FLIP"], ["0"] if flags.quick else ["0", "1", "2"]
     per_run = min((seconds - 2 * SECONDS_TO_START) / len(arms) - SECONDS_TO_START, LARGEST_SECONDS_PER_RUN)
     per_run = 0.1 if flags.quick else max(per_run, 5)
@@ -258,8 +274,9 @@ def run_stages(flags: argparse.Namespace) -> dict[str, Any]:
     record["commands"] = kept_commands(flags.output_dir / "run.json", record["machine"], flags.stages)
     write_json(flags.output_dir / "run.json", record)
     end = time.monotonic() + 60 * flags.minutes
-    for number, stage in enumerate(flags.stages):
-        left = [STAGE_SHARES[each] for each in flags.stages[number:]]
+    stages = [stage for stage in flags.stages if stage != "d" or has_study_data(flags)]
+    for number, stage in enumerate(stages):
+        left = [STAGE_SHARES[each] for each in stages[number:]]
         stage_end = time.monotonic() + (end - time.monotonic()) * left[0] / sum(left)
         commands = commands_of(stage, flags, stage_end - time.monotonic())
         for place, command in enumerate(commands):

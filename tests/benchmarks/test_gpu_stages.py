@@ -147,6 +147,14 @@ def test_results_of_tests_are_read_from_an_output_that_was_cut_short():
     }
 
 
+def test_a_command_that_cannot_end_in_its_time_is_not_started(tmp_path, monkeypatch, record_of, capsys):
+    command = gpu.Command("compiled", ["-c", "raise SystemExit(1)"], least_seconds=1e6)
+    monkeypatch.setattr(gpu, "commands_of", lambda *_: [command])
+    assert gpu.main(["--device", "cpu", "--stages", "b", "--output_dir", str(tmp_path)]) == 0
+    assert record_of(tmp_path)["commands"] == []
+    assert "compiled: skipped, it needs 1000000 s; raise --minutes" in capsys.readouterr().out
+
+
 def test_stages_that_run_later_complete_the_record_of_one_machine(tmp_path):
     machine = {"device": "cuda", "gpu": "a GPU", "packages": {"torch": "2.11.0"}, "date": "today"}
     entries = [{"stage": "a", "name": "tests"}, {"stage": "b", "name": "speed"}]
