@@ -104,7 +104,8 @@ def pitome_matchings(folder: str | Path) -> dict[str, OriginalMatching]:
 @contextmanager
 def merging_by(tower: MLIPVisionModel, matching: OriginalMatching) -> Iterator[None]:
     """Within this context, `matching` chooses the tokens that `tower` merges."""
-    layers = tower.encoder.layers
+    layers, method = tower.encoder.layers, tower.config.merge_method
+    tower.config.merge_method = "tome"  # which gives the matching the keys
     hooks = []
     for n, layer in enumerate(layers):
         layer._match = partial(_match_by_original, matching, n, len(layers))
@@ -113,6 +114,7 @@ def merging_by(tower: MLIPVisionModel, matching: OriginalMatching) -> Iterator[N
     try:
         yield
     finally:
+        tower.config.merge_method = method
         for layer in layers:
             del layer._match
         for hook in hooks:
