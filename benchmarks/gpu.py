@@ -122,8 +122,15 @@ def precision_flags(device: str) -> list[str]:
 
 
 def gpu_test_commands(flags: argparse.Namespace) -> list[Command]:
-    """Stage a, by several processes. A dry run takes one test of each kind that a CPU does in seconds."""
-    chosen = ["-k", "bf16 and (loads and MLIPModel or flash)"] if flags.quick else ["-n", str(TEST_PROCESSES)]
+    """Stage a, by several processes if pytest-xdist is installed.
+
+    A dry run takes one test of each kind that a CPU does in seconds.
+    """
+    chosen = []
+    if flags.quick:
+        chosen = ["-k", "bf16 and (loads and MLIPModel or flash)"]
+    elif importlib.util.find_spec("xdist"):
+        chosen = ["-n", str(TEST_PROCESSES)]
     arguments = ["-P", "-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "-p", "no:cacheprovider", *chosen, TEST_FILE]
     return [Command("tests", arguments)]
 
@@ -361,7 +368,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: torch finds no CUDA device; run this on a machine with one, or a dry run: --device cpu --quick")
         return 2
     record = run_stages(flags)
-    failed = [entry["name"] for entry in record["commands"] if entry["result"] != "passed"]
+    of_this_run = [entry for entry in record["commands"] if entry["stage"] in flags.stages]
+    failed = [entry["name"] for entry in of_this_run if entry["result"] != "passed"]
     print(f"written to {flags.output_dir}" + (f"; not passed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

@@ -730,7 +730,10 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turn_seconds", type=float, default=0.5, help="A turn repeats short runs for this long.")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if flags.compile_mode != "default" and not flags.compile:
+        parser.error(f"--compile_mode {flags.compile_mode} needs --compile.")
+    return flags
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -36,7 +36,7 @@ def log_amplitude(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
         patches = pixel_values.to(compute_dtype).unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, C, H, p, W, p) -> (B, H, W, C, p, p)
         grid = patches.shape[:4]
-        # One axis of patches, because torch before 2.14 compiles the FFT of permuted axes with wrong strides.
+        # One axis of patches, because torch 2.11 compiles the FFT of permuted axes with wrong strides.
         spectrum = torch.view_as_real(torch.fft.rfft2(patches.flatten(0, 3), norm="ortho"))  # (BHWC, p, p//2+1, 2)
         spectrum = spectrum.unflatten(0, grid)
         real, imaginary = spectrum.unbind(dim=-1)

@@ -101,9 +101,9 @@ def device_suffix(record: dict[str, Any]) -> str:
 
 
 def draw_study(record: dict[str, Any], data: StudyData, folder: Path) -> Path | None:
-    """Draw every run at equal compute on the left, and the metric over the merge ratio on the right. `None` if there
-    are none."""
-    if not (runs_of := runs_by_arm(record, "compute")):
+    """Draw every run at equal compute on the left, and the metric over the merge ratio on the right. `None` if
+    there are not two arms to compare."""
+    if len(runs_of := runs_by_arm(record, "compute")) < 2:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=[1.4, 1], layout="constrained")
     draw_arms(left, runs_of, data)

@@ -222,9 +222,9 @@ def main(arguments: list[str] | None = None) -> None:
     steps = flags.steps or steps_of(json.loads(study.read_text()), "MLIP", "compute")
     path = flags.output_dir / "frequency_inputs" / f"{data.name}.json"
     machine = describe_processor() if flags.device == "cpu" else describe_gpu()
-    new_record = {"machine": machine, "data": data.record(), "runs": []}
+    new_record = {"machine": machine, "device": flags.device, "data": data.record(), "runs": []}
     record = json.loads(path.read_text()) if path.exists() else new_record
-    if record["data"] != data.record():
+    if record["data"] != data.record() or record.get("device", "cpu") != flags.device:
         raise SystemExit(f"{path} holds runs with other settings; move it to another folder to start again.")
     finished = {(run["variant"], run["seed"], run["steps"]) for run in record["runs"]}
     runs = [(variant, seed, steps) for seed in flags.seeds for variant in flags.variants]

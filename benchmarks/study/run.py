@@ -374,9 +374,9 @@ def read_costs(path: Path, data: StudyData, arms: list[str]) -> dict[str, Any]:
         ValueError: if the file holds another data set, or no costs of an arm.
     """
     record = json.loads(path.read_text())
-    if record["data"] != data.record():
+    if record.get("data") != data.record():
         raise ValueError(f"--costs_of {path}: its runs have other settings than --data {data.name}; choose its file.")
-    if missing := [arm for arm in arms if arm not in record["step_seconds"]]:
+    if missing := [arm for arm in arms if arm not in record.get("step_seconds", {})]:
         raise ValueError(f"--costs_of {path} has no step time of {', '.join(missing)}; calibrate them there first.")
     calibrations = [record["step_seconds"], *record.get("repeated_step_seconds", [])]
     shares = {
@@ -386,7 +386,7 @@ def read_costs(path: Path, data: StudyData, arms: list[str]) -> dict[str, Any]:
     return {
         "costs_of": {"machine": record["machine"], "calibrations": calibrations},
         "step_seconds": {arm: share * record["step_seconds"]["CLIP"] for arm, share in shares.items()},
-        "step_gflops": record["step_gflops"],
+        "step_gflops": record.get("step_gflops", {}),  # older files have none
     }
 
 

@@ -97,6 +97,8 @@ def test_runs_with_other_settings_and_a_data_set_without_results_are_refused(des
         frequency_inputs.main(["--data", str(described_elsewhere)])
     path = tmp_path / "frequency_inputs" / "mine.json"
     path.parent.mkdir()
-    path.write_text(json.dumps({"data": {"batch": 3}, "runs": []}))
-    with pytest.raises(SystemExit, match="holds runs with other settings"):
-        frequency_inputs.main(["--data", str(described_elsewhere), "--steps", "2", "--output_dir", str(tmp_path)])
+    same = frequency_inputs.read_study_data(str(described_elsewhere)).record()
+    for settings in ({"data": {"batch": 3}}, {"data": same, "device": "cuda"}):
+        path.write_text(json.dumps({**settings, "runs": []}))
+        with pytest.raises(SystemExit, match="holds runs with other settings"):
+            frequency_inputs.main(["--data", str(described_elsewhere), "--steps", "2", "--output_dir", str(tmp_path)])

@@ -165,6 +165,15 @@ def test_stages_that_run_later_complete_the_record_of_one_machine(tmp_path):
     assert gpu.kept_commands(path, {**machine, "gpu": "another"}, ["b"]) == []
 
 
+def test_a_failure_of_an_earlier_run_is_not_one_of_this_run(tmp_path, monkeypatch, capsys):
+    kept = {"stage": "a", "name": "tests", "result": "failed with status 1"}
+    passed = {"stage": "b", "name": "speed", "result": "passed"}
+    monkeypatch.setattr(gpu, "run_stages", lambda flags: {"commands": [kept, passed]})
+    flags = ["--device", "cpu", "--output_dir", str(tmp_path), "--stages"]
+    assert gpu.main([*flags, "b"]) == 0 and gpu.main([*flags, "a", "b"]) == 1
+    assert "not passed: tests" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("limit", [0, 1, 2, 37, 100, 1000])
 def test_the_largest_batch_is_found_within_an_eighth(limit):
     largest, seconds = search_largest(lambda size: 0.5 if size <= limit else None, 2, 512)

@@ -68,6 +68,13 @@ def test_parts_of_the_tower_add_up_to_it(speed, tmp_path):
     assert {row["part"] for row in entry["rows"]} >= {"spatial loss", "frequency loss", "token loss", "text tower"}
 
 
+def test_a_mode_of_compilation_needs_compilation(speed, capsys):
+    with pytest.raises(SystemExit):
+        speed.parse_flags(["--compile_mode", "reduce-overhead"])
+    assert "--compile_mode reduce-overhead needs --compile" in capsys.readouterr().err
+    assert speed.parse_flags(["--compile", "--compile_mode", "reduce-overhead"]).compile
+
+
 def test_a_part_does_not_count_what_is_called_from_it(speed, monkeypatch):
     ticks = iter([0, 2, 5, 10])  # outer starts, inner starts, inner ends, outer ends
     monkeypatch.setattr(speed, "read_clock", lambda flags: next(ticks))

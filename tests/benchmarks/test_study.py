@@ -269,6 +269,9 @@ def test_the_costs_of_another_machine_give_the_steps(described, tmp_path):
         main([*flags, "--arms", *arms, "--parallel", "1"])
         with pytest.raises(SystemExit, match="costs.json has no step time of FLIP"):
             main([*flags, "--arms", "FLIP"])
+        other.write_text(json.dumps({"data": data.record(), "machine": "a processor", "runs": []}))
+        with pytest.raises(SystemExit, match="costs.json has no step time of CLIP"):
+            main([*flags, "--arms", "CLIP"])
         other.write_text(json.dumps({"data": {**data.record(), "batch": 1}, **costs}))
         with pytest.raises(SystemExit, match="its runs have other settings than --data balls"):
             main([*flags, "--arms", "CLIP"])
@@ -301,7 +304,7 @@ def test_curves_are_drawn_over_compute(described, tmp_path):
     curve = {"10": {"mean_recall": 3.0}, "50": {"mean_recall": 4.0}}
     record["runs"] = [{"arm": "MLIP", "seed": 0, "steps": 50}]
     assert draw_curves(record, data, tmp_path) is None
-    assert draw_study(record, data, tmp_path) is None  # no run at equal compute
+    assert draw_study(record, data, tmp_path) is None  # no two arms at equal compute
     record["runs"][0]["curve"] = curve
     with mock.patch.object(Axes, "plot", autospec=True, side_effect=Axes.plot) as plot:
         assert draw_curves(record, data, tmp_path).is_file()
